@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package policy is the pure core of bpfnet: the model of networks, endpoints and
+// published ports, and their compilation into the tables that the data path reads.
+// It makes no system calls and knows no clock, no logger and no source of state.
+package policy
+
+import (
+	"fmt"
+	"net/netip"
+)
+
+// MAC is an Ethernet address.
+type MAC [6]byte
+
+// String returns the address in the usual colon form.
+func (m MAC) String() string {
+	return fmt.Sprintf("%02x:%02x:%02x:%02x:%02x:%02x", m[0], m[1], m[2], m[3], m[4], m[5])
+}
+
+// IsZero reports whether no address is set.
+func (m MAC) IsZero() bool { return m == MAC{} }
+
+// Proto is an IP protocol number.
+type Proto uint8
+
+// The protocols that can be published.
+const (
+	TCP  Proto = 6
+	UDP  Proto = 17
+	SCTP Proto = 132
+)
+
+// String returns the lower-case name Docker uses.
+func (p Proto) String() string {
+	switch p {
+	case TCP:
+		return "tcp"
+	case UDP:
+		return "udp"
+	case SCTP:
+		return "sctp"
+	}
+	return fmt.Sprintf("proto-%d", uint8(p))
+}
+
+// ParseProto is the inverse of Proto.String for the publishable protocols.
+func ParseProto(s string) (Proto, error) {
+	switch s {
+	case "tcp", "":
+		return TCP, nil
+	case "udp":
+		return UDP, nil
+	case "sctp":
+		return SCTP, nil
+	}
+	return 0, fmt.Errorf("unknown protocol %q: use tcp, udp or sctp", s)
+}
+
+// Source names where a network or an endpoint came from.
+type Source string
+
+// The sources of state.
+const (
+	SourceDocker Source = "docker"
+	SourceStore  Source = "bpfnet"
+)
+
+// Network is a bridge with its subnets and options.
+type Network struct {
+	ID     string // as the source names it
+	Name   string
+	Source Source
+	Bridge string // device name on the host
+
+	Subnets  []netip.Prefix
+	Gateways []netip.Addr // addresses of the bridge, at most one a family
+
+	// NoICC forbids traffic between the containers of this network (enable_icc=false).
+	NoICC bool
+	// NoMasquerade keeps container addresses on the way out (enable_ip_masquerade=false).
+	NoMasquerade bool
+	// Internal networks reach nothing but themselves and the host.
+	Internal bool
+	// HostBinding is the default host address of published ports. Optional: any address.
+	HostBinding netip.Addr
+	// MTU in bytes, 0 if the source did not say.
+	MTU int
+}
+
+// Endpoint is one interface of one sandbox in one network.
+type Endpoint struct {
+	ID        string // as the source names it
+	NetworkID string
+	// SandboxID is the same for all endpoints of one network namespace (a container's ID for Docker).
+	SandboxID string
+	Name      string // the container's name
+	Source    Source
+	Addrs     []netip.Addr // at most one a family; link-local addresses are derived
+	MAC       MAC
+	// Allowed are more sources that the sandbox may send from (label bpfnet.allowed_addresses). Optional.
+	Allowed []netip.Prefix
+}
+
+// Port is one published port: a host address and port that leads to an endpoint's port.
+type Port struct {
+	Proto Proto
+	// Host is the binding. An unspecified address (0.0.0.0 or ::) stands for every host address of its family.
+	Host       netip.AddrPort
+	EndpointID string
+	// Target is the container's port.
+	Target uint16
+}
+
+// String is the binding in Docker's words: 0.0.0.0:8080->80/tcp.
+func (p Port) String() string {
+	return fmt.Sprintf("%s->%d/%s", p.Host, p.Target, p.Proto)
+}
+
+// State is the full state of one source at one moment.
+type State struct {
+	Networks  []Network
+	Endpoints []Endpoint
+	Ports     []Port
+}
+
+// Link is a bridge port of a served network as the kernel shows it.
+type Link struct {
+	Ifindex int    // of the host side
+	Name    string // of the host side
+	Bridge  string // name of the bridge it is a port of
+	PeerMAC MAC    // of the container's side; zero while unknown
+}
+
+// Bridge is a bridge device as the kernel shows it.
+type Bridge struct {
+	Ifindex int
+	Name    string
+	MAC     MAC
+	MTU     int
+	Up      bool
+	Addrs   []netip.Prefix
+}
+
+// Uplink is a device of the host's namespace with an address, neither lo nor a served bridge.
+type Uplink struct {
+	Ifindex  int
+	Name     string
+	Ethernet bool // has an Ethernet header
+	MTU      int
+	Addrs    []netip.Prefix
+}
+
+// HostAddr is an address that the host itself answers to.
+type HostAddr struct {
+	Addr    netip.Addr
+	Ifindex int
+}
+
+// Devices is what the kernel's host namespace holds at one moment.
+type Devices struct {
+	Bridges   []Bridge
+	Links     []Link
+	Uplinks   []Uplink
+	HostAddrs []HostAddr // loopback's included
+}
