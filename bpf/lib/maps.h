@@ -44,7 +44,7 @@ MAP(BPF_MAP_TYPE_LRU_HASH, sock_peers, struct sock_peer_key, struct sock_peer, 6
 
 /* Counters: per CPU and monotonic. */
 MAP(BPF_MAP_TYPE_PERCPU_ARRAY, drops, __u32, struct count, REASON_COUNT *HOOK_COUNT, 0);
-MAP(BPF_MAP_TYPE_PERCPU_ARRAY, paths, __u32, struct count, PATH_COUNT *HOOK_COUNT, 0);
+MAP(BPF_MAP_TYPE_PERCPU_ARRAY, fates, __u32, struct count, FATE_COUNT *HOOK_COUNT, 0);
 MAP(BPF_MAP_TYPE_PERCPU_ARRAY, endpoint_stats, __u32, struct endpoint_count, MAX_ENDPOINTS, 0);
 MAP(BPF_MAP_TYPE_PERCPU_ARRAY, port_stats, __u32, struct port_count, MAX_PORTS, 0);
 /* Masquerade ports found at the n-th try; the last counts exhaustion. */

@@ -61,13 +61,13 @@ enum hook {
 };
 
 /* What became of a packet that was not dropped. */
-enum path {
-	PATH_CONTAINER, /* redirected into a container: the fast path */
-	PATH_UPLINK, /* redirected out of an uplink: the fast path */
-	PATH_LO, /* redirected to the host's loopback */
-	PATH_STACK, /* left to the host's stack */
-	PATH_BRIDGE, /* left to the bridge: ARP, ND, broadcast, multicast */
-	PATH_COUNT,
+enum fate {
+	FATE_CONTAINER, /* redirected into a container: the fast path */
+	FATE_UPLINK, /* redirected out of an uplink: the fast path */
+	FATE_LO, /* redirected to the host's loopback */
+	FATE_STACK, /* left to the host's stack */
+	FATE_BRIDGE, /* left to the bridge: ARP, ND, broadcast, multicast */
+	FATE_COUNT,
 };
 
 enum endpoint_flags {
