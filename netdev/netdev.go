@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package netdev is the only user of netlink in this project. It shows what the kernel's
+// host namespace holds (bridges, their ports, uplinks, addresses), reports when that
+// changes, and writes the few sysctls that forwarding needs.
+//
+// It knows nothing of Docker, of eBPF or of what is done with a device. "The host
+// namespace" is the network namespace of the thread that calls Open, Watch or a sysctl
+// function: for the daemon that is the one it was started in.
+package netdev
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"github.com/bpfnet/bpfnet/policy"
+)
+
+// dumpRetries bounds how often a dump that the kernel marked as interrupted is made again.
+// One retry is nearly always enough; many interfaces coming up at once can need a few.
+const dumpRetries = 20
+
+// Options of Open.
+type Options struct {
+	// Uplinks are the devices to take as uplinks instead of those found. Each must exist
+	// when Open is called; one that vanishes later is left out. Optional.
+	Uplinks []string
+}
+
+// Devices reads the host namespace through netlink sockets of its own. It is safe for
+// concurrent use.
+type Devices struct {
+	handle  *netlink.Handle
+	peers   *nl.SocketHandle // for queries into other namespaces
+	uplinks []string
+}
+
+// Open binds to the calling thread's network namespace. It fails if an uplink named in the
+// options does not exist (the error lists the nearest names) or cannot be one.
+func Open(opts Options) (*Devices, error) {
+	handle, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("open netlink: %w", err)
+	}
+	sock, err := nl.Subscribe(unix.NETLINK_ROUTE)
+	if err != nil {
+		handle.Close()
+		return nil, fmt.Errorf("open netlink: %w", err)
+	}
+	d := &Devices{handle: handle, peers: &nl.SocketHandle{Socket: sock}, uplinks: slices.Clone(opts.Uplinks)}
+
+	links, err := d.links()
+	if err == nil {
+		err = checkUplinks(d.uplinks, links)
+	}
+	if err != nil {
+		d.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+// Close closes the sockets. Nothing in the kernel depends on them.
+func (d *Devices) Close() {
+	d.handle.Close()
+	d.peers.Close()
+}
+
+// Snapshot reads all devices. served holds the names of the bridges whose ports are wanted;
+// such a bridge need not exist. All bridges are listed, served or not.
+//
+// The lists are sorted by interface index. Nothing is cached: a container's MAC can change
+// between the making of its link and its start.
+func (d *Devices) Snapshot(served map[string]bool) (policy.Devices, error) {
+	links, err := d.links()
+	if err != nil {
+		return policy.Devices{}, err
+	}
+	addrs, err := d.addrs()
+	if err != nil {
+		return policy.Devices{}, err
+	}
+	return assemble(links, addrs, served, d.uplinks, d.peerMAC), nil
+}
+
+// Link reads one bridge port by its index: the quick way after an event. ok is false if the
+// device is gone or is no port of a bridge.
+func (d *Devices) Link(ifindex int) (link policy.Link, ok bool, err error) {
+	l, err := d.linkByIndex(ifindex)
+	if err != nil || l == nil || l.master == 0 {
+		return policy.Link{}, false, err
+	}
+	br, err := d.linkByIndex(l.master)
+	if err != nil || br == nil || br.kind != "bridge" {
+		return policy.Link{}, false, err
+	}
+	link = policy.Link{Ifindex: l.index, Name: l.name, Bridge: br.name}
+	if l.hasPeer() {
+		if l.peerNS >= 0 {
+			link.PeerMAC = d.peerMAC(l.peerNS, l.peer)
+		} else if p, err := d.linkByIndex(l.peer); err == nil && p != nil {
+			link.PeerMAC = p.mac
+		}
+	}
+	return link, true, nil
+}
+
+// device is what this package reads of a link.
+type device struct {
+	index    int
+	name     string
+	kind     string // "bridge", "veth", …; "device" for hardware
+	mac      policy.MAC
+	mtu      int
+	up       bool
+	loopback bool
+	ethernet bool
+	master   int // 0 for none
+	peer     int // IFLA_LINK: the peer's or the lower device's index
+	peerNS   int // namespace id of peer, -1 if it is this one
+}
+
+// hasPeer reports whether the device is one end of a pair.
+func (d *device) hasPeer() bool {
+	return (d.kind == "veth" || d.kind == "netkit") && d.peer != 0
+}
+
+func deviceOf(l netlink.Link) device {
+	a := l.Attrs()
+	d := device{
+		index:    a.Index,
+		name:     a.Name,
+		kind:     l.Type(),
+		mtu:      a.MTU,
+		up:       a.RawFlags&unix.IFF_UP != 0,
+		loopback: a.RawFlags&unix.IFF_LOOPBACK != 0,
+		ethernet: a.EncapType == "ether",
+		master:   a.MasterIndex,
+		peer:     a.ParentIndex,
+		peerNS:   a.NetNsID,
+	}
+	if len(a.HardwareAddr) == len(d.mac) {
+		copy(d.mac[:], a.HardwareAddr)
+	}
+	return d
+}
+
+// address is an address of a device of this namespace.
+type address struct {
+	index  int
+	prefix netip.Prefix // the address itself and its prefix length
+}
+
+func (d *Devices) links() ([]device, error) {
+	list, err := retry("list links", d.handle.LinkList)
+	if err != nil {
+		return nil, err
+	}
+	devs := make([]device, 0, len(list))
+	for _, l := range list {
+		devs = append(devs, deviceOf(l))
+	}
+	slices.SortFunc(devs, func(a, b device) int { return cmp.Compare(a.index, b.index) })
+	return devs, nil
+}
+
+func (d *Devices) addrs() ([]address, error) {
+	list, err := retry("list addresses", func() ([]netlink.Addr, error) {
+		return d.handle.AddrList(nil, netlink.FAMILY_ALL)
+	})
+	if err != nil {
+		return nil, err
+	}
+	addrs := make([]address, 0, len(list))
+	for _, a := range list {
+		if a.IPNet == nil {
+			continue
+		}
+		ip, ok := netip.AddrFromSlice(a.IP)
+		if !ok {
+			continue
+		}
+		ones, _ := a.Mask.Size()
+		addrs = append(addrs, address{index: a.LinkIndex, prefix: netip.PrefixFrom(ip.Unmap(), ones)})
+	}
+	return addrs, nil
+}
+
+// linkByIndex returns nil if there is no such device.
+func (d *Devices) linkByIndex(ifindex int) (*device, error) {
+	l, err := d.handle.LinkByIndex(ifindex)
+	if errors.As(err, &netlink.LinkNotFoundError{}) || errors.Is(err, unix.ENODEV) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read link %d: %w", ifindex, err)
+	}
+	dev := deviceOf(l)
+	return &dev, nil
+}
+
+// peerMAC asks for a device of another namespace without entering it. It returns the zero
+// MAC if the namespace or the device is gone: the next snapshot will not hold the link.
+func (d *Devices) peerMAC(nsid, ifindex int) policy.MAC {
+	req := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_ACK)
+	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: d.peers}
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index = int32(ifindex)
+	req.AddData(msg)
+	req.AddData(nl.NewRtAttr(unix.IFLA_TARGET_NETNSID, nl.Uint32Attr(uint32(nsid))))
+
+	replies, err := req.Execute(unix.NETLINK_ROUTE, 0)
+	if err != nil || len(replies) == 0 {
+		return policy.MAC{}
+	}
+	l, err := netlink.LinkDeserialize(nil, replies[0])
+	if err != nil {
+		return policy.MAC{}
+	}
+	return deviceOf(l).mac
+}
+
+// retry repeats a dump that was interrupted by a change: its result may lack entries.
+func retry[T any](what string, dump func() ([]T, error)) ([]T, error) {
+	var err error
+	for range dumpRetries {
+		var list []T
+		if list, err = dump(); err == nil {
+			return list, nil
+		}
+		if !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return nil, fmt.Errorf("%s: %w", what, err)
+}
