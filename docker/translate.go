@@ -1,0 +1,405 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package docker
+
+import (
+	"cmp"
+	"maps"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/network"
+
+	"github.com/bpfnet/bpfnet/policy"
+)
+
+// Options of bridge networks, as `docker network create -o` takes them.
+const (
+	optBridge        = "com.docker.network.bridge.name"
+	optDefaultBridge = "com.docker.network.bridge.default_bridge"
+	optICC           = "com.docker.network.bridge.enable_icc"
+	optMasquerade    = "com.docker.network.bridge.enable_ip_masquerade"
+	optHostBinding   = "com.docker.network.bridge.host_binding_ipv4"
+	optMTU           = "com.docker.network.driver.mtu"
+	optIPvlanMode    = "ipvlan_mode"
+)
+
+// labelAllowed is the container label with more source addresses that it may send from:
+// addresses or prefixes, separated by commas.
+const labelAllowed = "bpfnet.allowed_addresses"
+
+// gwbridge is the network that gives swarm's containers their way out.
+const gwbridge = "docker_gwbridge"
+
+// binding is one published port, as asked for or as allocated.
+type binding struct {
+	proto    policy.Proto
+	target   uint16     // the container's port
+	hostIP   netip.Addr // zero: none given
+	hostPort uint16
+}
+
+// run is what is known of one run of a container, from start to die.
+type run struct {
+	bindings []binding // as allocated, completely expanded by the Engine
+	// endpoints are those of the run: IDs are new in each run, so a run whose endpoints are all
+	// gone is over. The value is the gateway priority.
+	endpoints map[string]int
+}
+
+// wish is what a container asked for when it was made.
+type wish struct {
+	fixed   []binding // those of its bindings that leave no choice
+	allowed []netip.Prefix
+}
+
+// translateNetwork returns a bridge network with its endpoints, and false for a network of any
+// other driver, or one of which no subnet is known.
+func translateNetwork(n network.Inspect, def DefaultBridgeSettings) (policy.Network, []policy.Endpoint, bool) {
+	if n.Driver != "bridge" || n.ConfigOnly {
+		return policy.Network{}, nil, false
+	}
+	net := policy.Network{
+		ID:           n.ID,
+		Name:         n.Name,
+		Source:       policy.SourceDocker,
+		Bridge:       bridgeName(n),
+		NoICC:        isFalse(n.Options[optICC]),
+		NoMasquerade: isFalse(n.Options[optMasquerade]),
+		Internal:     n.Internal,
+	}
+	if n.Options[optDefaultBridge] == "true" {
+		net.NoICC = net.NoICC || def.NoICC
+		net.NoMasquerade = def.NoMasquerade
+	}
+	if a, err := netip.ParseAddr(n.Options[optHostBinding]); err == nil && a.Unmap() != netip.IPv4Unspecified() {
+		net.HostBinding = a.Unmap()
+	}
+	if mtu, err := strconv.Atoi(n.Options[optMTU]); err == nil && mtu > 0 {
+		net.MTU = mtu
+	}
+
+	var has4, has6 bool
+	for _, c := range n.IPAM.Config {
+		if !c.Subnet.IsValid() {
+			continue
+		}
+		subnet := netip.PrefixFrom(c.Subnet.Addr().Unmap(), c.Subnet.Bits()).Masked()
+		switch {
+		case !subnet.IsValid():
+			continue
+		case subnet.Addr().Is4() && !has4:
+			has4 = true
+		case subnet.Addr().Is6() && !has6 && n.EnableIPv6:
+			has6 = true
+		default: // the driver uses one subnet a family, and none of a family that is off
+			continue
+		}
+		gw := c.Gateway.Unmap()
+		if !gw.IsValid() {
+			gw = subnet.Addr()
+			if !subnet.IsSingleIP() {
+				gw = gw.Next() // the address manager's first choice
+			}
+		}
+		net.Subnets = append(net.Subnets, subnet)
+		net.Gateways = append(net.Gateways, gw)
+	}
+	if len(net.Subnets) == 0 {
+		return policy.Network{}, nil, false
+	}
+
+	eps := make([]policy.Endpoint, 0, len(n.Containers))
+	for _, key := range slices.Sorted(maps.Keys(n.Containers)) {
+		r := n.Containers[key]
+		ep := policy.Endpoint{
+			ID:        cmp.Or(r.EndpointID, key),
+			NetworkID: n.ID,
+			SandboxID: key,
+			Name:      r.Name,
+			Source:    policy.SourceDocker,
+		}
+		for _, p := range []netip.Prefix{r.IPv4Address, r.IPv6Address} {
+			if p.IsValid() && !p.Addr().IsUnspecified() {
+				ep.Addrs = append(ep.Addrs, p.Addr().Unmap())
+			}
+		}
+		if len(r.MacAddress) == len(ep.MAC) {
+			copy(ep.MAC[:], r.MacAddress)
+		}
+		eps = append(eps, ep)
+	}
+	return net, eps, true
+}
+
+func bridgeName(n network.Inspect) string {
+	if name := n.Options[optBridge]; name != "" {
+		return name
+	}
+	return "br-" + n.ID[:min(12, len(n.ID))]
+}
+
+// isFalse follows the Engine, which parses labels with strconv; a missing one means true.
+func isFalse(label string) bool {
+	b, err := strconv.ParseBool(label)
+	return err == nil && !b
+}
+
+// candidate is an endpoint that could be a container's way out.
+type candidate struct {
+	endpoint string
+	network  string // name
+	bridge   bool   // of the bridge driver: only those publish
+	internal bool
+	priority int
+	v4, v6   bool // has a gateway of that family
+}
+
+// gatewayEndpoint returns the endpoints that carry a container's published ports of each
+// family; empty if there is none. They are the first with a gateway of that family in the
+// Engine's order: by priority, docker_gwbridge last, internal networks never, more families
+// first, then by the network's name. Engines before 28 have one gateway for both families,
+// which by this order is the same endpoint.
+func gatewayEndpoint(list []candidate) (v4, v6 string) {
+	families := func(c candidate) int { // as Engine 20.10 scores
+		n := 0
+		if c.v4 {
+			n++
+		}
+		if c.v6 {
+			n += 2
+		}
+		return n
+	}
+	last := func(c candidate) int {
+		if c.network == gwbridge {
+			return 1
+		}
+		return 0
+	}
+	sorted := slices.Clone(list)
+	slices.SortFunc(sorted, func(a, b candidate) int {
+		return cmp.Or(
+			cmp.Compare(b.priority, a.priority),
+			cmp.Compare(last(a), last(b)),
+			cmp.Compare(families(b), families(a)),
+			cmp.Compare(a.network, b.network),
+		)
+	})
+	var done4, done6 bool
+	for _, c := range sorted {
+		if c.internal {
+			continue
+		}
+		if c.v4 && !done4 {
+			done4 = true
+			if c.bridge {
+				v4 = c.endpoint
+			}
+		}
+		if c.v6 && !done6 {
+			done6 = true
+			if c.bridge {
+				v6 = c.endpoint
+			}
+		}
+	}
+	return v4, v6
+}
+
+// expandPort returns the host addresses and ports of a binding that was asked for, as the
+// Engine allocates them. Without an address it stands for the network's default one, or else
+// for all IPv4 addresses and, if the container has an IPv6 address, all IPv6 ones. An address
+// that was given stands for itself, 0.0.0.0 for IPv4 only.
+func expandPort(b binding, hostBinding netip.Addr, has6 bool) []netip.AddrPort {
+	switch {
+	case b.hostIP.IsValid():
+		return []netip.AddrPort{netip.AddrPortFrom(b.hostIP.Unmap(), b.hostPort)}
+	case hostBinding.IsValid():
+		return []netip.AddrPort{netip.AddrPortFrom(hostBinding, b.hostPort)}
+	}
+	out := []netip.AddrPort{netip.AddrPortFrom(netip.IPv4Unspecified(), b.hostPort)}
+	if has6 {
+		out = append(out, netip.AddrPortFrom(netip.IPv6Unspecified(), b.hostPort))
+	}
+	return out
+}
+
+// actualBindings reads the ports of a container inspect.
+func actualBindings(ports network.PortMap) []binding {
+	var out []binding
+	for p, list := range ports {
+		proto, err := policy.ParseProto(string(p.Proto()))
+		if err != nil {
+			continue
+		}
+		for _, b := range list {
+			if hp, err := strconv.ParseUint(b.HostPort, 10, 16); err == nil && hp != 0 {
+				out = append(out, binding{proto, p.Num(), b.HostIP.Unmap(), uint16(hp)})
+			}
+		}
+	}
+	return out
+}
+
+// summaryBindings reads the ports of an entry of the list of containers.
+func summaryBindings(ports []container.PortSummary) []binding {
+	var out []binding
+	for _, p := range ports {
+		proto, err := policy.ParseProto(strings.ToLower(p.Type))
+		if err != nil || p.PublicPort == 0 {
+			continue
+		}
+		out = append(out, binding{proto, p.PrivatePort, p.IP.Unmap(), p.PublicPort})
+	}
+	return out
+}
+
+// runEndpoints reads the endpoints of a container and their gateway priorities.
+func runEndpoints(networks map[string]*network.EndpointSettings) map[string]int {
+	out := make(map[string]int, len(networks))
+	for _, n := range networks {
+		if n != nil && n.EndpointID != "" {
+			out[n.EndpointID] = n.GwPriority
+		}
+	}
+	return out
+}
+
+// parseAllowed reads the label bpfnet.allowed_addresses; what is no address is left out, as it
+// then allows nothing.
+func parseAllowed(label string) []netip.Prefix {
+	var out []netip.Prefix
+	for part := range strings.SplitSeq(label, ",") {
+		part = strings.TrimSpace(part)
+		if p, err := netip.ParsePrefix(part); err == nil {
+			out = append(out, p.Masked())
+		} else if a, err := netip.ParseAddr(part); err == nil && a.Zone() == "" {
+			a = a.Unmap()
+			out = append(out, netip.PrefixFrom(a, a.BitLen()))
+		}
+	}
+	return out
+}
+
+// buildState joins networks, wishes and runs (both by container ID) into one state. The result
+// is sorted, so that equal input gives equal output.
+func buildState(networks []network.Inspect, wishes map[string]wish, runs map[string]run, def DefaultBridgeSettings) policy.State {
+	var st policy.State
+	binding4 := make(map[string]netip.Addr)  // endpoint → default host address of its network
+	gateways := make(map[string][]candidate) // sandbox →
+	for _, n := range networks {
+		net, eps, ok := translateNetwork(n, def)
+		if ok {
+			st.Networks = append(st.Networks, net)
+			for i := range eps {
+				eps[i].Allowed = wishes[eps[i].SandboxID].allowed
+				binding4[eps[i].ID] = net.HostBinding
+			}
+			st.Endpoints = append(st.Endpoints, eps...)
+		}
+		if !givesGateway(n) {
+			continue
+		}
+		for key, r := range n.Containers {
+			gateways[key] = append(gateways[key], candidate{
+				endpoint: cmp.Or(r.EndpointID, key),
+				network:  n.Name,
+				bridge:   ok,
+				internal: n.Internal,
+				priority: runs[key].endpoints[r.EndpointID],
+				v4:       r.IPv4Address.IsValid(),
+				v6:       r.IPv6Address.IsValid(),
+			})
+		}
+	}
+
+	// What is allocated is certain, so it comes first: a container that asks for a taken port
+	// has an endpoint until its start fails, and must not get the port meanwhile.
+	sandboxes := slices.Sorted(maps.Keys(gateways))
+	var wanted []string
+	for _, id := range sandboxes {
+		r, ok := runs[id]
+		if !ok || !r.current(gateways[id]) {
+			wanted = append(wanted, id)
+			continue
+		}
+		v4, v6 := gatewayEndpoint(gateways[id])
+		for _, b := range r.bindings {
+			host := b.hostIP
+			if !host.IsValid() {
+				host = netip.IPv4Unspecified()
+			}
+			st.Ports = appendPort(st.Ports, b, netip.AddrPortFrom(host, b.hostPort), v4, v6)
+		}
+	}
+	for _, id := range wanted {
+		v4, v6 := gatewayEndpoint(gateways[id])
+		for _, b := range wishes[id].fixed {
+			for _, host := range expandPort(b, binding4[cmp.Or(v4, v6)], v6 != "") {
+				if !taken(st.Ports, b.proto, host) {
+					st.Ports = appendPort(st.Ports, b, host, v4, v6)
+				}
+			}
+		}
+	}
+
+	slices.SortFunc(st.Networks, func(a, b policy.Network) int { return cmp.Compare(a.ID, b.ID) })
+	slices.SortFunc(st.Endpoints, func(a, b policy.Endpoint) int {
+		return cmp.Or(cmp.Compare(a.ID, b.ID), cmp.Compare(a.NetworkID, b.NetworkID))
+	})
+	slices.SortFunc(st.Ports, func(a, b policy.Port) int {
+		return cmp.Or(
+			cmp.Compare(a.Proto, b.Proto),
+			a.Host.Compare(b.Host),
+			cmp.Compare(a.EndpointID, b.EndpointID),
+			cmp.Compare(a.Target, b.Target),
+		)
+	})
+	st.Ports = slices.Compact(st.Ports)
+	return st
+}
+
+// givesGateway reports whether endpoints of the network get a default route from it.
+func givesGateway(n network.Inspect) bool {
+	switch n.Driver {
+	case "bridge", "macvlan":
+		return true
+	case "ipvlan":
+		return n.Options[optIPvlanMode] == "" || n.Options[optIPvlanMode] == "l2"
+	}
+	return false
+}
+
+// current reports whether the run is the one that the endpoints belong to.
+func (r run) current(list []candidate) bool {
+	return slices.ContainsFunc(list, func(c candidate) bool {
+		_, ok := r.endpoints[c.endpoint]
+		return ok
+	})
+}
+
+// appendPort gives the port to the gateway endpoint of the host address's family. IPv6
+// addresses of the host can lead to a container that has only IPv4, not the reverse.
+func appendPort(ports []policy.Port, b binding, host netip.AddrPort, v4, v6 string) []policy.Port {
+	ep := v4
+	if host.Addr().Is6() {
+		ep = cmp.Or(v6, v4)
+	}
+	if ep == "" {
+		return ports
+	}
+	return append(ports, policy.Port{Proto: b.proto, Host: host, EndpointID: ep, Target: b.target})
+}
+
+// taken reports whether a port excludes another on the same host address.
+func taken(ports []policy.Port, proto policy.Proto, host netip.AddrPort) bool {
+	return slices.ContainsFunc(ports, func(p policy.Port) bool {
+		a, b := p.Host.Addr(), host.Addr()
+		return p.Proto == proto && p.Host.Port() == host.Port() && a.Is4() == b.Is4() &&
+			(a == b || a.IsUnspecified() || b.IsUnspecified())
+	})
+}
