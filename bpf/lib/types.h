@@ -169,8 +169,9 @@ struct reservation_key {
 };
 
 struct reservation {
-	__u64 bound; /* ns, CLOCK_MONOTONIC */
-	__u64 cookie; /* of the last socket that took it */
+	__u64 bound; /* ns, CLOCK_MONOTONIC; of the last socket */
+	__u32 sockets; /* that hold it now; 0: released, and the entry stays for the next */
+	struct bpf_spin_lock lock; /* makes sockets and the bit of port_class.engine one */
 };
 
 struct port_range {

@@ -1,0 +1,476 @@
+//go:build ignore
+
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * Processes of the host's network namespace reach published ports with no proxy: a destination that
+ * is a published port on one of the host's addresses becomes the container's address, and reads back
+ * as what was dialled. Also notes which ports the container engine has bound but not yet published.
+ *
+ * Left to the program on lo, because the kernel takes no other destination for them: sockets with a
+ * loopback source, sockets bound to a device, and all that passes no hook here (raw sockets, processes
+ * outside of the cgroup).
+ */
+#include "maps.h"
+
+#include <linux/in.h>
+#include <stdbool.h>
+
+#include <bpf/bpf_endian.h>
+
+char _license[] SEC("license") = "Dual BSD/GPL";
+
+#define SOCK_STREAM 1
+#define SOCK_DGRAM 2
+
+#define LEAVE 1 /* what every program here returns: the call goes on */
+
+/* What this file did to a socket; sockets without it, nearly all, cost one pointer test. */
+struct sock_mark {
+	struct sock_peer_key peer; /* the last that was remembered; port 0: none */
+	struct reservation_key reserved; /* port 0: none */
+	__u32 pad;
+};
+MAP(BPF_MAP_TYPE_SK_STORAGE, sock_marks, int, struct sock_mark, 0, BPF_F_NO_PREALLOC);
+
+/* The one bit of enum port_bits, or 0 for sockets that no published port can serve. The kernel calls
+ * none of these hooks for SCTP. */
+static __always_inline __u8 port_bit(__u32 type, __u32 proto)
+{
+	if (type == SOCK_STREAM && proto == IPPROTO_TCP)
+		return PORT_TCP;
+	if (type == SOCK_DGRAM && proto == IPPROTO_UDP)
+		return PORT_UDP;
+	return 0;
+}
+
+static __always_inline struct port_class *find_class(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&port_class, &zero);
+}
+
+static __always_inline bool is_host(__u64 netns_cookie)
+{
+	__u32 zero = 0;
+	const struct config *c = bpf_map_lookup_elem(&config, &zero);
+
+	return c && c->netns_cookie == netns_cookie;
+}
+
+static __always_inline void map_ip4(struct addr *a, __be32 ip4)
+{
+	a->w[0] = 0;
+	a->w[1] = 0;
+	a->w[2] = bpf_htonl(0xffff);
+	a->w[3] = ip4;
+}
+
+static __always_inline bool is_ip4(const struct addr *a)
+{
+	return !a->w[0] && !a->w[1] && a->w[2] == bpf_htonl(0xffff);
+}
+
+static __always_inline bool is_same(const struct addr *a, const struct addr *b)
+{
+	return a->w[0] == b->w[0] && a->w[1] == b->w[1] && a->w[2] == b->w[2] && a->w[3] == b->w[3];
+}
+
+static __always_inline bool is_any(const struct addr *a)
+{
+	return !a->w[0] && !a->w[1] && (!a->w[2] || a->w[2] == bpf_htonl(0xffff)) && !a->w[3];
+}
+
+static __always_inline bool is_loopback(const struct addr *a)
+{
+	if (is_ip4(a))
+		return (a->w[3] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
+	return !a->w[0] && !a->w[1] && !a->w[2] && a->w[3] == bpf_htonl(1);
+}
+
+static __always_inline void read_ip6(struct addr *a, const struct bpf_sock_addr *ctx)
+{
+	a->w[0] = ctx->user_ip6[0];
+	a->w[1] = ctx->user_ip6[1];
+	a->w[2] = ctx->user_ip6[2];
+	a->w[3] = ctx->user_ip6[3];
+}
+
+static __always_inline void write_ip6(struct bpf_sock_addr *ctx, const struct addr *a)
+{
+	ctx->user_ip6[0] = a->w[0];
+	ctx->user_ip6[1] = a->w[1];
+	ctx->user_ip6[2] = a->w[2];
+	ctx->user_ip6[3] = a->w[3];
+}
+
+static __always_inline void read_source6(struct addr *a, const struct bpf_sock *sk)
+{
+	a->w[0] = sk->src_ip6[0];
+	a->w[1] = sk->src_ip6[1];
+	a->w[2] = sk->src_ip6[2];
+	a->w[3] = sk->src_ip6[3];
+}
+
+/* Most connections of a host are to ports that nobody published: one byte tells. */
+static __always_inline bool is_candidate(struct bpf_sock_addr *ctx)
+{
+	const struct port_class *class = find_class();
+	__u16 port = bpf_ntohs(ctx->user_port);
+
+	return class && class->ports[port] & port_bit(ctx->type, ctx->protocol);
+}
+
+/*
+ * Whether the kernel would deliver dst to the host itself. The unspecified address means loopback and
+ * is replaced by it, or by the socket's own address if it has one: such a socket is left alone.
+ */
+static __always_inline bool is_local(struct addr *dst, const struct addr *src)
+{
+	if (is_any(dst)) {
+		if (!is_any(src))
+			return false;
+		dst->w[3] = is_ip4(dst) ? bpf_htonl(0x7f000001) : bpf_htonl(1);
+		return true;
+	}
+	return is_loopback(dst) || bpf_map_lookup_elem(&host_addrs, dst);
+}
+
+static __always_inline const struct port *find_port(const struct addr *dst, __be16 number,
+						    __u8 proto)
+{
+	struct port_key key = { .addr = *dst, .port = number, .proto = proto };
+	const struct port *port = bpf_map_lookup_elem(&ports, &key);
+
+	if (port)
+		return port;
+	if (!is_ip4(dst))
+		key.addr.w[0] = key.addr.w[1] = key.addr.w[2] = 0;
+	key.addr.w[3] = 0;
+	return bpf_map_lookup_elem(&ports, &key);
+}
+
+static __always_inline bool is_ready(const struct port *port)
+{
+	__u32 slot = port->endpoint;
+	const struct endpoint *ep = bpf_map_lookup_elem(&endpoint_slots, &slot);
+
+	return ep && ep->flags & ENDPOINT_READY;
+}
+
+/* Remembers what the socket dialled, so that port's address reads back as it. */
+static __always_inline bool remember(struct bpf_sock_addr *ctx, const struct addr *dst,
+				     const struct port *port)
+{
+	struct sock_peer_key key = { .cookie = bpf_get_socket_cookie(ctx),
+				     .addr = port->addr,
+				     .port = port->port,
+				     .proto = ctx->protocol };
+	struct sock_peer dialled = { .addr = *dst, .port = ctx->user_port };
+	const struct sock_peer *known;
+	struct sock_mark *mark;
+
+	mark = bpf_sk_storage_get(&sock_marks, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!mark)
+		return false;
+	known = bpf_map_lookup_elem(&sock_peers, &key);
+	if (known && is_same(&known->addr, dst) && known->port == dialled.port)
+		return true;
+	mark->peer = key;
+	return !bpf_map_update_elem(&sock_peers, &key, &dialled, BPF_ANY);
+}
+
+/*
+ * The published port to send the socket to instead, remembered; NULL: leave it alone. An IPv6
+ * destination that a container with IPv4 only serves needs may_cross and an unbound socket; if that
+ * is V6ONLY, the kernel answers ENETUNREACH, as for every mapped address.
+ */
+static __always_inline const struct port *redirect(struct bpf_sock_addr *ctx, struct addr *dst,
+						   const struct addr *src, bool may_cross)
+{
+	const struct port *port;
+
+	if (!is_host(bpf_get_netns_cookie(ctx)))
+		return NULL;
+	if (is_loopback(src) || ctx->sk->bound_dev_if || !is_local(dst, src))
+		return NULL;
+	port = find_port(dst, ctx->user_port, ctx->protocol);
+	if (!port || !is_ready(port))
+		return NULL;
+	if (is_ip4(dst) != is_ip4(&port->addr) && (!may_cross || is_ip4(dst) || !is_any(src)))
+		return NULL;
+	return remember(ctx, dst, port) ? port : NULL;
+}
+
+static __always_inline void redirect4(struct bpf_sock_addr *ctx, __be32 source)
+{
+	const struct port *port;
+	struct addr src, dst;
+
+	map_ip4(&src, source);
+	map_ip4(&dst, ctx->user_ip4);
+	port = redirect(ctx, &dst, &src, false);
+	if (!port)
+		return;
+	ctx->user_ip4 = port->addr.w[3];
+	ctx->user_port = port->port;
+}
+
+static __always_inline void redirect6(struct bpf_sock_addr *ctx, const struct addr *src,
+				      bool may_cross)
+{
+	const struct port *port;
+	struct addr dst;
+
+	read_ip6(&dst, ctx);
+	port = redirect(ctx, &dst, src, may_cross);
+	if (!port)
+		return;
+	write_ip6(ctx, &port->addr);
+	ctx->user_port = port->port;
+}
+
+SEC("cgroup/connect4")
+int sock_connect4(struct bpf_sock_addr *ctx)
+{
+	if (is_candidate(ctx))
+		redirect4(ctx, ctx->sk->src_ip4);
+	return LEAVE;
+}
+
+/* Also sees the mapped addresses of IPv6 sockets that dial IPv4. */
+SEC("cgroup/connect6")
+int sock_connect6(struct bpf_sock_addr *ctx)
+{
+	struct addr src;
+
+	if (!is_candidate(ctx))
+		return LEAVE;
+	read_source6(&src, ctx->sk);
+	redirect6(ctx, &src, true);
+	return LEAVE;
+}
+
+/* Unconnected UDP, that of IPv6 sockets to a mapped address too. The source is the socket's or the
+ * message's own (IP_PKTINFO). */
+SEC("cgroup/sendmsg4")
+int sock_sendmsg4(struct bpf_sock_addr *ctx)
+{
+	if (is_candidate(ctx))
+		redirect4(ctx, ctx->msg_src_ip4);
+	return LEAVE;
+}
+
+/* The kernel refuses a mapped address that was none before, so a container with IPv4 only is out of
+ * reach here. A scoped destination has tied the message to a device already. */
+SEC("cgroup/sendmsg6")
+int sock_sendmsg6(struct bpf_sock_addr *ctx)
+{
+	struct addr src;
+
+	if (!is_candidate(ctx) || (ctx->user_ip6[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000))
+		return LEAVE;
+	src.w[0] = ctx->msg_src_ip6[0];
+	src.w[1] = ctx->msg_src_ip6[1];
+	src.w[2] = ctx->msg_src_ip6[2];
+	src.w[3] = ctx->msg_src_ip6[3];
+	redirect6(ctx, &src, false);
+	return LEAVE;
+}
+
+/* What the socket dialled to reach peer; NULL: peer itself. */
+static __always_inline const struct sock_peer *find_dialled(struct bpf_sock_addr *ctx,
+							    const struct addr *peer)
+{
+	struct sock_peer_key key = { .addr = *peer,
+				     .port = ctx->user_port,
+				     .proto = ctx->protocol };
+
+	key.cookie = bpf_get_socket_cookie(ctx);
+	return bpf_map_lookup_elem(&sock_peers, &key);
+}
+
+static __always_inline bool is_marked(struct bpf_sock_addr *ctx)
+{
+	return bpf_sk_storage_get(&sock_marks, ctx->sk, NULL, 0);
+}
+
+static __always_inline void restore4(struct bpf_sock_addr *ctx)
+{
+	const struct sock_peer *dialled;
+	struct addr peer;
+
+	if (!is_marked(ctx))
+		return;
+	map_ip4(&peer, ctx->user_ip4);
+	dialled = find_dialled(ctx, &peer);
+	if (!dialled)
+		return;
+	ctx->user_ip4 = dialled->addr.w[3];
+	ctx->user_port = dialled->port;
+}
+
+static __always_inline void restore6(struct bpf_sock_addr *ctx)
+{
+	const struct sock_peer *dialled;
+	struct addr peer;
+
+	if (!is_marked(ctx))
+		return;
+	read_ip6(&peer, ctx);
+	dialled = find_dialled(ctx, &peer);
+	if (!dialled)
+		return;
+	write_ip6(ctx, &dialled->addr);
+	ctx->user_port = dialled->port;
+}
+
+SEC("cgroup/recvmsg4")
+int sock_recvmsg4(struct bpf_sock_addr *ctx)
+{
+	restore4(ctx);
+	return LEAVE;
+}
+
+SEC("cgroup/recvmsg6")
+int sock_recvmsg6(struct bpf_sock_addr *ctx)
+{
+	restore6(ctx);
+	return LEAVE;
+}
+
+SEC("cgroup/getpeername4")
+int sock_getpeername4(struct bpf_sock_addr *ctx)
+{
+	restore4(ctx);
+	return LEAVE;
+}
+
+SEC("cgroup/getpeername6")
+int sock_getpeername6(struct bpf_sock_addr *ctx)
+{
+	restore6(ctx);
+	return LEAVE;
+}
+
+#define COMM_SIZE 16
+
+static __always_inline bool is_named(const char comm[COMM_SIZE], const char name[COMM_SIZE])
+{
+#pragma unroll
+	for (int i = 0; i < COMM_SIZE; i++) {
+		if (comm[i] != name[i])
+			return false;
+	}
+	return true;
+}
+
+static __always_inline bool is_engine(void)
+{
+	const char daemon[COMM_SIZE] = "dockerd", proxy[COMM_SIZE] = "docker-proxy";
+	char comm[COMM_SIZE];
+
+	if ((__u32)bpf_get_current_uid_gid() || bpf_get_current_comm(comm, sizeof(comm)))
+		return false;
+	return is_named(comm, daemon) || is_named(comm, proxy);
+}
+
+static __always_inline struct reservation *make_reservation(const struct reservation_key *key)
+{
+	struct reservation *found = bpf_map_lookup_elem(&reservations, key);
+	struct reservation none = {};
+
+	if (found)
+		return found;
+	bpf_map_update_elem(&reservations, key, &none, BPF_NOEXIST);
+	return bpf_map_lookup_elem(&reservations, key);
+}
+
+/*
+ * Counts one socket in or out, and keeps the port's engine bit set while there are any. Protocols
+ * share the byte, hence the atomic access, which has 32 bits; bit is where it is in word.
+ */
+static __always_inline void hold(struct reservation *r, __u32 *word, __u32 bit, __u64 now)
+{
+	bpf_spin_lock(&r->lock);
+	r->sockets++;
+	r->bound = now;
+	__sync_fetch_and_or(word, bit);
+	bpf_spin_unlock(&r->lock);
+}
+
+static __always_inline void release(struct reservation *r, __u32 *word, __u32 bit)
+{
+	bpf_spin_lock(&r->lock);
+	if (r->sockets && !--r->sockets)
+		__sync_fetch_and_and(word, ~bit);
+	bpf_spin_unlock(&r->lock);
+}
+
+static __always_inline __u32 *engine_word(struct port_class *class, __u16 port)
+{
+	return (__u32 *)&class->engine[port & ~3U];
+}
+
+static __always_inline __u32 engine_bit(__u16 port, __u8 proto)
+{
+	return (proto == IPPROTO_TCP ? PORT_TCP : PORT_UDP) << (port & 3) * 8;
+}
+
+static __always_inline void reserve(struct bpf_sock *ctx)
+{
+	__u16 port = ctx->src_port;
+	struct reservation_key key = { .port = bpf_htons(port), .proto = ctx->protocol };
+	struct port_class *class = find_class();
+	struct reservation *r;
+	struct sock_mark *mark;
+
+	if (!class || !port_bit(ctx->type, ctx->protocol) || !is_host(bpf_get_netns_cookie(ctx)) ||
+	    !is_engine())
+		return;
+	mark = bpf_sk_storage_get(&sock_marks, ctx, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	r = make_reservation(&key);
+	if (!mark || !r || mark->reserved.port)
+		return;
+	mark->reserved = key;
+	hold(r, engine_word(class, port), engine_bit(port, key.proto), bpf_ktime_get_ns());
+}
+
+SEC("cgroup/post_bind4")
+int sock_post_bind4(struct bpf_sock *ctx)
+{
+	reserve(ctx);
+	return LEAVE;
+}
+
+SEC("cgroup/post_bind6")
+int sock_post_bind6(struct bpf_sock *ctx)
+{
+	reserve(ctx);
+	return LEAVE;
+}
+
+/* A marked socket goes: its port is held by one less, and what it dialled needs no remembering. */
+SEC("cgroup/sock_release")
+int sock_release(struct bpf_sock *ctx)
+{
+	struct sock_mark *mark = bpf_sk_storage_get(&sock_marks, ctx, NULL, 0);
+	struct port_class *class = find_class();
+	struct reservation_key key;
+	struct reservation *r;
+	__u16 port;
+
+	if (!mark || !class)
+		return LEAVE;
+	if (mark->peer.port)
+		bpf_map_delete_elem(&sock_peers, &mark->peer);
+	key = mark->reserved;
+	if (!key.port)
+		return LEAVE;
+	r = bpf_map_lookup_elem(&reservations, &key);
+	if (!r)
+		return LEAVE;
+	port = bpf_ntohs(key.port);
+	release(r, engine_word(class, port), engine_bit(port, key.proto));
+	return LEAVE;
+}
