@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+var bpfnetBinary = build("cmd/bpfnet", "bpfnet")
+
+// Bpfnet is the daemon under test, a process of the lab's host.
+type Bpfnet struct {
+	// State is the daemon's directory on disk, Socket its API.
+	State, Socket string
+
+	lab    *Lab
+	binary string
+	args   []string
+	proc   *Process
+}
+
+// StartBpfnet builds bpfnet, once per test process, starts its daemon in the host's
+// namespace and waits until it has told the service manager that it is ready. Extra
+// arguments go behind the lab's own. It ends with the test; its log is part of the
+// output of a test that failed.
+func (l *Lab) StartBpfnet(t testing.TB, d *Docker, extra ...string) *Bpfnet {
+	t.Helper()
+	binary, err := bpfnetBinary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &Bpfnet{
+		State:  filepath.Join(l.Dir, "state"),
+		Socket: filepath.Join(l.Dir, "bpfnet.sock"),
+		lab:    l,
+		binary: binary,
+	}
+	b.args = []string{"daemon"}
+	if d != nil {
+		b.args = append(b.args, "--docker", d.Host)
+	}
+	b.args = append(append(b.args, b.flags()...), extra...)
+	t.Cleanup(func() {
+		if b.proc == nil {
+			return
+		}
+		b.proc.Kill()
+		if t.Failed() {
+			t.Logf("bpfnet: %s\n%s", tail(b.proc.stdout), tail(b.proc.stderr))
+		}
+	})
+	b.Start(t)
+	return b
+}
+
+// flags are those that tell every command which daemon is meant.
+func (b *Bpfnet) flags() []string {
+	return []string{"--state", b.State, "--socket", b.Socket, "--bpffs", b.lab.BPFFS, "--cgroup", b.lab.Cgroup}
+}
+
+// Start starts the daemon again after Stop or Kill, and waits until it is ready. It
+// fails the test at once when the daemon ends, and after thirty seconds otherwise.
+func (b *Bpfnet) Start(t testing.TB) {
+	t.Helper()
+	notify := filepath.Join(b.lab.Dir, "notify.sock")
+	_ = os.Remove(notify)
+	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: notify, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	cmd := b.lab.Host.command(b.binary, b.args...)
+	cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+notify)
+	if b.proc, err = b.lab.start(cmd, "bpfnet"); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 4096)
+	Eventually(t, 30*time.Second, "bpfnet says READY=1", func() bool {
+		exited := b.proc.Exited() // before the look, so that no message is missed
+		for {
+			_ = conn.SetReadDeadline(time.Now().Add(time.Millisecond))
+			n, err := conn.Read(buf)
+			if err != nil {
+				break
+			}
+			for line := range strings.Lines(string(buf[:n])) {
+				if strings.TrimSpace(line) == "READY=1" {
+					return true
+				}
+			}
+		}
+		if exited {
+			t.Fatalf("bpfnet ended before it was ready: %v", b.proc.err)
+		}
+		return false
+	})
+}
+
+// Kill ends the daemon with SIGKILL. What it has loaded and pinned stays.
+func (b *Bpfnet) Kill() { b.proc.Kill() }
+
+// Stop ends the daemon with SIGTERM and waits for it. An exit status other than zero
+// fails the test.
+func (b *Bpfnet) Stop(t testing.TB) {
+	t.Helper()
+	_ = b.proc.Signal(syscall.SIGTERM)
+	if err := b.proc.Wait(20 * time.Second); err != nil {
+		t.Fatalf("stop bpfnet: %v", err)
+	}
+}
+
+// Restart is Stop and Start.
+func (b *Bpfnet) Restart(t testing.TB) {
+	t.Helper()
+	b.Stop(t)
+	b.Start(t)
+}
+
+// PID is the daemon's process id.
+func (b *Bpfnet) PID() int { return b.proc.PID() }
+
+// Log is what the daemon has logged since it was last started.
+func (b *Bpfnet) Log() string { return b.proc.Stderr() + b.proc.Stdout() }
+
+// CLI runs a command of bpfnet against this daemon's state, socket, pins and cgroup, as
+// a process of the host. It works with the daemon down as far as bpfnet does. The error
+// carries what the command wrote to its standard error.
+func (b *Bpfnet) CLI(args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	// Flags stand before a "--", behind which a container's own command begins.
+	tail := []string(nil)
+	for i, a := range args {
+		if a == "--" {
+			args, tail = args[:i:i], args[i:]
+			break
+		}
+	}
+	return b.lab.Host.Run(ctx, b.binary, append(append(args[:len(args):len(args)], b.flags()...), tail...)...)
+}
+
+// MustCLI is CLI for commands that must succeed.
+func (b *Bpfnet) MustCLI(t testing.TB, args ...string) string {
+	t.Helper()
+	out, err := b.CLI(args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// StatsJSON decodes the output of "bpfnet stats -o json" into v.
+func (b *Bpfnet) StatsJSON(t testing.TB, v any) {
+	t.Helper()
+	out := b.MustCLI(t, "stats", "-o", "json")
+	if err := json.Unmarshal([]byte(out), v); err != nil {
+		t.Fatal(errors.Join(err, errors.New(out)))
+	}
+}

@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/gopacket/gopacket"
+	"github.com/gopacket/gopacket/layers"
+
+	"github.com/bpfnet/bpfnet/internal/lab/packet"
+)
+
+func TestMain(m *testing.M) { Main(m) }
+
+func port(a netip.Addr, p uint16) string { return netip.AddrPortFrom(a, p).String() }
+
+// Both clients reach the host, in both families, over TCP and UDP, and are seen as
+// themselves; the loopback addresses of client2 stand for the internet.
+func TestTopology(t *testing.T) {
+	l := New(t, Opts{})
+	l.Host.Serve(t, "--tcp", "80", "--udp", "80")
+	l.Client2.Serve(t, "--tcp", "80", "--udp", "80")
+	for _, way := range []struct {
+		from     *NS
+		src, dst netip.Addr
+	}{
+		{l.Client, Client4, Host4},
+		{l.Client, Client6, Host6},
+		{l.Client, Client4, HostB4},
+		{l.Client2, Client24, HostB4},
+		{l.Client2, Client26, HostB6},
+		{l.Host, HostB4, Internet4},
+		{l.Host, HostB6, Internet6},
+	} {
+		for _, proto := range []string{"tcp", "udp"} {
+			r := way.from.MustGet(t, "--network", proto, port(way.dst, 80))
+			remote := netip.MustParseAddrPort(r.View.Remote).Addr()
+			if remote != way.src || r.View.Local != port(way.dst, 80) {
+				t.Errorf("%s from %v to %v: seen as %+v", proto, way.src, way.dst, r.View)
+			}
+		}
+	}
+	if out, err := l.Host.Run(t.Context(), "ip", "-o", "link", "show", "type", "veth"); err != nil || strings.Count(out, "\n") != 1 {
+		t.Errorf("host's interfaces: %v\n%s", err, out)
+	}
+}
+
+// With forwarding on, it is the FORWARD policy that drops, and nothing else does.
+func TestForwardPolicyDrops(t *testing.T) {
+	l := New(t, Opts{Forwarding: true})
+	l.Client2.Serve(t, "--udp", "80")
+	for _, family := range []struct {
+		dst      netip.Addr
+		iptables string
+	}{{Internet4, "iptables"}, {Internet6, "ip6tables"}} {
+		before := l.NFTCounters(t)
+		if r, err := l.Client.Get("--network", "udp", "--timeout", "300ms", port(family.dst, 80)); err == nil {
+			t.Errorf("%v answered through FORWARD DROP: %+v", family.dst, r)
+		}
+		delta := l.NFTDelta(t, before)
+		if delta["forward"] != 1 || delta["prerouting"] != 1 || delta["postrouting"] != 0 {
+			t.Errorf("one datagram to %v passed %v", family.dst, delta)
+		}
+		l.Host.MustRun(t, family.iptables, "-P", "FORWARD", "ACCEPT")
+		l.Client.MustGet(t, "--network", "udp", port(family.dst, 80))
+		entry := func(line string) bool { return strings.Contains(line, "dst="+family.dst.String()) }
+		if entries := l.Conntrack(t); !slices.ContainsFunc(entries, entry) {
+			t.Errorf("no connection tracking entry for %v in %q", family.dst, entries)
+		}
+	}
+}
+
+// What the neighbourhood says to itself is not counted.
+func TestCountersLeaveOutNeighbours(t *testing.T) {
+	l := New(t, Opts{})
+	before := l.NFTCounters(t)
+	l.Client.SendFrame(t, ClientIf, packet.ARP(Client4, Host4, false, packet.MAC(l.Client.MAC(t, ClientIf), []byte{255, 255, 255, 255, 255, 255})))
+	l.Client.SendFrame(t, ClientIf, packet.NeighborSolicit(Client6, Host6, packet.MAC(l.Client.MAC(t, ClientIf), l.Host.MAC(t, HostIf))))
+	mac := packet.MAC(l.Client.MAC(t, ClientIf), l.Host.MAC(t, HostIf))
+	l.Client.SendFrame(t, ClientIf, packet.ICMPEcho(Client4, Host4, 1, 1, mac))
+	Eventually(t, 5*time.Second, "the echo is counted", func() bool { return l.NFTDelta(t, before)["postrouting"] > 0 })
+	if delta := l.NFTDelta(t, before); delta["prerouting"] != 1 || delta["input"] != 1 || delta["output"] != 1 {
+		t.Errorf("ARP, neighbour discovery and one echo: %v", delta)
+	}
+}
+
+// A frame arrives as it was sent; the host's answer has right checksums.
+func TestSendAndCapture(t *testing.T) {
+	l := New(t, Opts{})
+	mac := packet.MAC(l.Client.MAC(t, ClientIf), l.Host.MAC(t, HostIf))
+	src, dst := netip.AddrPortFrom(Client4, 4000), netip.AddrPortFrom(Host4, 80)
+	l.Host.Sysctl(t, "net.ipv4.icmp_ratelimit", "0")
+
+	isTCP := func(p gopacket.Packet) bool { return p.Layer(layers.LayerTypeTCP) != nil }
+	got := l.Host.Capture(t, HostIf, isTCP)
+	l.Client.SendFrame(t, ClientIf, packet.TCP(src, dst, mac, packet.SkewL4(0x55)))
+	frame := got.Wait(t, 1, 5*time.Second)[0]
+	if _, l4, err := packet.Skew(frame.Data()); l4 != 0x55 || frame.Outgoing || err != nil {
+		t.Errorf("skew %#x, outgoing %v, %v; want 0x55, false", l4, frame.Outgoing, err)
+	}
+	l.Client.SendFrame(t, ClientIf, packet.TCP(src, dst, mac))
+	reset := got.Wait(t, 3, 5*time.Second)[2] // the kernel has dropped the first
+	if tcp := reset.Layer(layers.LayerTypeTCP).(*layers.TCP); !tcp.RST || !reset.Outgoing {
+		t.Errorf("the host answered %v", reset)
+	}
+	if err := packet.VerifyChecksums(reset.Data()); err != nil && !reset.PartialChecksum {
+		t.Error(err)
+	}
+}
+
+// A stream is whole while nothing happens, and says so when its server dies.
+func TestStream(t *testing.T) {
+	l := New(t, Opts{})
+	server := l.Host.Serve(t, "--tcp", "80", "--udp", "80")
+	streams := []*Stream{
+		l.Client.Stream(t, "--interval", "1ms", port(Host4, 80)),
+		l.Client.Stream(t, "--interval", "1ms", "--network", "udp", port(Host6, 80)),
+	}
+	// The counters of the host tell how far the streams have come.
+	before := l.NFTCounters(t)
+	Eventually(t, 10*time.Second, "200 messages", func() bool { return l.NFTDelta(t, before)["input"] > 200 })
+	for _, s := range streams {
+		if sum := s.Finish(t); sum.Sent == 0 || sum.Received != sum.Sent || sum.Lost+sum.Corrupt+sum.Resets > 0 {
+			t.Errorf("undisturbed stream: %+v", sum)
+		}
+	}
+	broken := l.Client.Stream(t, port(Host4, 80))
+	server.Kill()
+	if sum := broken.Finish(t); sum.Resets != 1 {
+		t.Errorf("stream whose server died: %+v", sum)
+	}
+}
+
+// Each way to use a socket works and tells what it should.
+func TestGet(t *testing.T) {
+	l := New(t, Opts{})
+	l.Host.Serve(t, "--tcp", "80", "--udp", "80", "--text", "it is me", "--pktinfo")
+	dst4, dst6 := port(Host4, 80), port(Host6, 80)
+
+	if r := l.Client.MustGet(t, "--mapped", dst4); r.View.Text != "it is me" || r.Peer != "[::ffff:192.0.2.1]:80" {
+		t.Errorf("mapped: %+v", r)
+	}
+	if r := l.Client.MustGet(t, "--network", "udp", "--unconnected", dst6); r.From != dst6 || r.Peer != "" {
+		t.Errorf("unconnected: %+v", r)
+	}
+	if r := l.Client.MustGet(t, "--network", "udp", "--mapped", "--unconnected", dst4); r.From != "[::ffff:192.0.2.1]:80" {
+		t.Errorf("mapped and unconnected: %+v", r)
+	}
+	if r := l.Client.MustGet(t, "--network", "udp", "--send", "abc", dst4); r.Peer != dst4 || r.View.Echo != "abc" || r.View.Local != dst4 {
+		t.Errorf("connected UDP: %+v", r)
+	}
+	if r := l.Client.MustGet(t, "--bind", "192.0.2.2:12345", dst4); r.View.Remote != "192.0.2.2:12345" || r.Local != "192.0.2.2:12345" {
+		t.Errorf("bound: %+v", r)
+	}
+	if r, err := l.Client.Get(port(Host4, 81)); err == nil || r.Errno != "ECONNREFUSED" || r.Stage != "connect" {
+		t.Errorf("closed port: %v: %+v", err, r)
+	}
+	if r, err := l.Client.Get("--network", "udp", "--timeout", "100ms", port(Client4, 9)); err == nil {
+		t.Errorf("nobody: %+v", r)
+	}
+}
+
+func TestLoadTools(t *testing.T) {
+	l := New(t, Opts{})
+	l.Host.Serve(t, "--tcp", "80")
+	out := l.Client.MustRun(t, l.Tool, "flood-connect", "--workers", "4", "--duration", "200ms", port(Host4, 80))
+	if !strings.Contains(out, `"failed":0,`) {
+		t.Errorf("flood-connect: %s", out)
+	}
+	sink := l.Host.Sink(t, "--listen", ":9000", "--expect", "100")
+	l.Client.MustRun(t, l.Tool, "udp-count", "--count", "100", port(Host6, 9000))
+	if err := sink.Wait(5 * time.Second); err != nil || !strings.Contains(sink.Stdout(), `"received":100,`) {
+		t.Errorf("udp-sink: %v: %s", err, sink.Stdout())
+	}
+	l.Host.Stun(t, "--listen", "192.0.2.1:3478,192.0.2.1:3479")
+	r := l.Client.MustGet(t, "--network", "udp", "--unconnected", "--bind", "192.0.2.2:5000", "--send", "via 1", "192.0.2.1:3478")
+	if r.Text != "192.0.2.2:5000" || r.From != "192.0.2.1:3479" {
+		t.Errorf("stun: %+v", r)
+	}
+}
+
+// With iptables off and nothing else, the engine's containers reach each other by
+// bridging and by name; nothing gets out, and published ports hang.
+func TestDocker(t *testing.T) {
+	l := New(t, Opts{})
+	d := l.StartDocker(t, DockerOpts{})
+
+	d.MustRun(t, "network", "create", "--ipv6", "--subnet", "172.30.0.0/24", "--subnet", "fd00:30::/64", "n1")
+	d.Serve(t, "--name", "a", "--network", "n1", "-p", "8080:80")
+	d.MustRun(t, "run", "-d", "--name", "b", "--network", "n1", Image, "sleep", "1000")
+	v4, v6 := d.Addrs(t, "a", "n1")
+	for _, a := range []string{v4.String(), v6.String(), "a"} {
+		if out, err := d.Run("exec", "b", "ping", "-c", "1", "-W", "2", a); err != nil || !strings.Contains(out, "ttl=64") {
+			t.Errorf("ping %s: %v: %s", a, err, out)
+		}
+	}
+	r := d.MustGet(t, "b", "a:80")
+	if id := d.Inspect(t, "a", "{{.Id}}"); r.View.Host != id[:12] {
+		t.Errorf("answered by %q, want container %s", r.View.Host, id[:12])
+	}
+	if out, err := d.Run("exec", "b", "ping", "-c", "1", "-W", "1", Internet4.String()); err == nil {
+		t.Errorf("got out without masquerading: %s", out)
+	}
+	if r, err := l.Client.Get("--timeout", "500ms", port(Host4, 8080)); err == nil {
+		t.Errorf("published port answered with nobody to forward it: %+v", r)
+	}
+	if out := d.NS(t, "b").MustRun(t, "ip", "-o", "-4", "addr", "show", "dev", "eth0"); !strings.Contains(out, "172.30.0.") {
+		t.Errorf("namespace of container b: %s", out)
+	}
+	// What programs at the lab's cgroup see: the engine at least.
+	if !insideCgroup(t, l, d.PID()) {
+		t.Error("dockerd is not below the lab's cgroup")
+	}
+
+	d.Restart(t)
+	d.MustRun(t, "start", "a")
+	d.Kill()
+	d.Start(t)
+	d.MustRun(t, "rm", "-f", "a", "b")
+}
+
+func insideCgroup(t *testing.T, l *Lab, pid int) bool {
+	t.Helper()
+	root, err := cgroup2Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	inside := ":" + strings.TrimPrefix(l.Cgroup, root) + "/"
+	return strings.Contains(read(fmt.Sprintf("/proc/%d/cgroup", pid)), "0:"+inside)
+}
+
+// The engine's own proxy makes published ports work, so the lab's way in is sound.
+func TestDockerProxyAndCompose(t *testing.T) {
+	l := New(t, Opts{})
+	d := l.StartDocker(t, DockerOpts{Proxy: true})
+	dir := filepath.Join(l.Dir, "project")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	compose := `
+version: "3"
+services:
+  dashboard:
+    image: lab
+    command: labtool serve --http 9090 --text "the dashboard"
+  front:
+    image: lab
+    command: labtool serve --http 80 --proxy /api=http://dashboard:9090/
+    ports: ["8080:80"]
+`
+	if err := os.WriteFile(filepath.Join(dir, "docker-compose.yml"), []byte(compose), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := d.Compose(dir, "up", "-d"); err != nil {
+		t.Fatal(err, out)
+	}
+	fetch := func() string {
+		out, _ := l.Client.Run(t.Context(), "curl", "-s", "-m", "2", "http://"+port(Host4, 8080)+"/api")
+		return out
+	}
+	Eventually(t, 10*time.Second, "answer of the dashboard behind the proxy", func() bool { return fetch() == "the dashboard" })
+	if out, err := d.Compose(dir, "down"); err != nil {
+		t.Error(err, out)
+	}
+}
+
+// The leak check sees what it is there for.
+func TestLeaksAreSeen(t *testing.T) {
+	before := look(os.Geteuid() == 0)
+	f, err := os.Open("/etc/passwd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop := make(chan struct{})
+	go func() { <-stop }()
+	left := before.own.missingFrom(look(false).own)
+	want := []string{
+		"goroutine started by " + module + "/internal/lab.TestLeaksAreSeen (1 more)",
+		"open file /etc/passwd (1 more)",
+	}
+	for _, w := range want {
+		if !slices.Contains(left, w) {
+			t.Errorf("not seen: %s in %q", w, left)
+		}
+	}
+	f.Close()
+	close(stop)
+	if os.Geteuid() != 0 {
+		return
+	}
+	l := New(t, Opts{})
+	p := l.Host.Serve(t, "--tcp", "80")
+	left = before.own.missingFrom(look(true).own)
+	for _, w := range []string{"network namespace " + l.name + "-host", "cgroup " + l.Cgroup, "pin " + l.BPFFS, "directory " + l.Dir, "process " + filepath.Base(l.Tool)} {
+		if !slices.ContainsFunc(left, func(s string) bool { return strings.HasPrefix(s, w) }) {
+			t.Errorf("not seen: %s in %q", w, left)
+		}
+	}
+	p.Kill()
+}
