@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -156,8 +157,23 @@ func (d *Docker) Stop(t testing.TB) {
 	}
 }
 
-// Kill ends the engine with SIGKILL. Containers and their shims live on.
-func (d *Docker) Kill() { d.proc.Kill() }
+// Kill ends the engine with SIGKILL, and its containerd with it, as the service manager
+// would. Containers and their shims live on.
+func (d *Docker) Kill(t testing.TB) {
+	t.Helper()
+	pid, _ := strconv.Atoi(strings.TrimSpace(read(filepath.Join(d.Dir, "exec/containerd/containerd.pid"))))
+	d.proc.Kill()
+	if pid == 0 {
+		return
+	}
+	// A new dockerd would wait in vain for a containerd that is about to end.
+	Eventually(t, 10*time.Second, "end of containerd", func() bool {
+		if strings.Contains(read(fmt.Sprintf("/proc/%d/cmdline", pid)), d.Dir) {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+		return syscall.Kill(pid, 0) == syscall.ESRCH
+	})
+}
 
 // Restart is Stop and Start.
 func (d *Docker) Restart(t testing.TB) {

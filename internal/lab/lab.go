@@ -236,10 +236,14 @@ func (l *Lab) makeTopology(t testing.TB) {
 	l.join(t, l.Client, ClientIf, l.Host, HostIf)
 	l.join(t, l.Client2, ClientIf, l.Host, HostIf2)
 	l.Client.setUp(t, ClientIf, addr(Client4, 24), addr(Client6, 64))
+	l.Client2.setUp(t, ClientIf, addr(Client24, 24), addr(Client26, 64))
 	l.Host.setUp(t, HostIf, addr(Host4, 24), addr(Host6, 64))
 	l.Host.setUp(t, HostIf2, addr(HostB4, 24), addr(HostB6, 64))
-	l.Client2.setUp(t, ClientIf, addr(Client24, 24), addr(Client26, 64))
 	l.Client2.setUp(t, "lo", addr(Internet4, 32), addr(Internet6, 128))
+	l.Client.noticeCarrier(t, ClientIf)
+	l.Client2.noticeCarrier(t, ClientIf)
+	l.Host.noticeCarrier(t, HostIf)
+	l.Host.noticeCarrier(t, HostIf2)
 	l.Client.routeByDefault(t, Host4, Host6)
 	l.Host.routeByDefault(t, Client24, Client26)
 	l.Client2.routeByDefault(t, HostB4, HostB6)
@@ -280,6 +284,14 @@ func (n *NS) setUp(t testing.TB, ifname string, addrs ...netip.Prefix) {
 		}
 		return h.LinkSetUp(link)
 	})
+}
+
+// noticeCarrier lets the kernel see at once that an interface has a carrier. It looks
+// once a second otherwise, and IPv6 does not answer on the interface before. Asking for
+// the link state makes it look.
+func (n *NS) noticeCarrier(t testing.TB, ifname string) {
+	t.Helper()
+	n.MustRun(t, "ethtool", ifname)
 }
 
 func netlinkAddr(p netip.Prefix) *netlink.Addr {

@@ -134,6 +134,7 @@ func TestStream(t *testing.T) {
 	}
 	broken := l.Client.Stream(t, port(Host4, 80))
 	server.Kill()
+	Eventually(t, 5*time.Second, "end of the broken stream", broken.Exited)
 	if sum := broken.Finish(t); sum.Resets != 1 {
 		t.Errorf("stream whose server died: %+v", sum)
 	}
@@ -142,7 +143,7 @@ func TestStream(t *testing.T) {
 // Each way to use a socket works and tells what it should.
 func TestGet(t *testing.T) {
 	l := New(t, Opts{})
-	l.Host.Serve(t, "--tcp", "80", "--udp", "80", "--text", "it is me", "--pktinfo")
+	l.Host.Serve(t, "--tcp", "80", "--udp", "80", "--text", "it is me")
 	dst4, dst6 := port(Host4, 80), port(Host6, 80)
 
 	if r := l.Client.MustGet(t, "--mapped", dst4); r.View.Text != "it is me" || r.Peer != "[::ffff:192.0.2.1]:80" {
@@ -194,26 +195,26 @@ func TestDocker(t *testing.T) {
 	d := l.StartDocker(t, DockerOpts{})
 
 	d.MustRun(t, "network", "create", "--ipv6", "--subnet", "172.30.0.0/24", "--subnet", "fd00:30::/64", "n1")
-	d.Serve(t, "--name", "a", "--network", "n1", "-p", "8080:80")
-	d.MustRun(t, "run", "-d", "--name", "b", "--network", "n1", Image, "sleep", "1000")
-	v4, v6 := d.Addrs(t, "a", "n1")
-	for _, a := range []string{v4.String(), v6.String(), "a"} {
-		if out, err := d.Run("exec", "b", "ping", "-c", "1", "-W", "2", a); err != nil || !strings.Contains(out, "ttl=64") {
+	d.Serve(t, "--name", "web", "--network", "n1", "-p", "8080:80")
+	d.MustRun(t, "run", "-d", "--stop-signal", "KILL", "--name", "peer", "--network", "n1", Image, "sleep", "1000")
+	v4, v6 := d.Addrs(t, "web", "n1")
+	for _, a := range []string{v4.String(), v6.String(), "web"} {
+		if out, err := d.Run("exec", "peer", "ping", "-c", "1", "-W", "2", a); err != nil || !strings.Contains(out, "ttl=64") {
 			t.Errorf("ping %s: %v: %s", a, err, out)
 		}
 	}
-	r := d.MustGet(t, "b", "a:80")
-	if id := d.Inspect(t, "a", "{{.Id}}"); r.View.Host != id[:12] {
+	r := d.MustGet(t, "peer", "web:80")
+	if id := d.Inspect(t, "web", "{{.Id}}"); r.View.Host != id[:12] {
 		t.Errorf("answered by %q, want container %s", r.View.Host, id[:12])
 	}
-	if out, err := d.Run("exec", "b", "ping", "-c", "1", "-W", "1", Internet4.String()); err == nil {
+	if out, err := d.Run("exec", "peer", "ping", "-c", "1", "-W", "1", Internet4.String()); err == nil {
 		t.Errorf("got out without masquerading: %s", out)
 	}
 	if r, err := l.Client.Get("--timeout", "500ms", port(Host4, 8080)); err == nil {
 		t.Errorf("published port answered with nobody to forward it: %+v", r)
 	}
-	if out := d.NS(t, "b").MustRun(t, "ip", "-o", "-4", "addr", "show", "dev", "eth0"); !strings.Contains(out, "172.30.0.") {
-		t.Errorf("namespace of container b: %s", out)
+	if out := d.NS(t, "peer").MustRun(t, "ip", "-o", "-4", "addr", "show", "dev", "eth0"); !strings.Contains(out, "172.30.0.") {
+		t.Errorf("namespace of container peer: %s", out)
 	}
 	// What programs at the lab's cgroup see: the engine at least.
 	if !insideCgroup(t, l, d.PID()) {
@@ -221,10 +222,10 @@ func TestDocker(t *testing.T) {
 	}
 
 	d.Restart(t)
-	d.MustRun(t, "start", "a")
-	d.Kill()
+	d.MustRun(t, "start", "web")
+	d.Kill(t)
 	d.Start(t)
-	d.MustRun(t, "rm", "-f", "a", "b")
+	d.MustRun(t, "rm", "-f", "web", "peer")
 }
 
 func insideCgroup(t *testing.T, l *Lab, pid int) bool {

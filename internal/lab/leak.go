@@ -76,12 +76,15 @@ func runMain(m *testing.M) int {
 	}
 
 	before := look(root)
+	traces := engineTraces()
 	code := m.Run()
 	if code != 0 {
+		removeEngineTraces(traces)
 		// The leaks of a test that was cut short say nothing new.
 		return code
 	}
 	removeBin()
+	removeEngineTraces(traces)
 	var own, shared []string
 	// Some things go away by themselves a moment later: programs after a grace period,
 	// namespaces in a worker thread of the kernel.
@@ -107,6 +110,30 @@ func runMain(m *testing.M) int {
 		fmt.Fprintf(os.Stderr, "%s\n", buf[:runtime.Stack(buf, true)])
 	}
 	return 1
+}
+
+// engineTraces lists what every engine makes outside of its own directories, whatever
+// it is told, as far as it is not there. Innermost first.
+func engineTraces() []string {
+	return slices.DeleteFunc([]string{
+		"/etc/docker/key.json", "/etc/docker",
+		"/run/docker/plugins", "/run/docker",
+		"/run/containerd/s", "/run/containerd",
+	}, func(path string) bool {
+		_, err := os.Lstat(path)
+		return err == nil
+	})
+}
+
+// removeEngineTraces removes files and empty directories of that list, unless another
+// process may have an engine that wants them.
+func removeEngineTraces(paths []string) {
+	if len(paths) == 0 || os.Geteuid() != 0 || !onlyLab() {
+		return
+	}
+	for _, path := range paths {
+		_ = os.Remove(path)
+	}
 }
 
 // census counts things by their description.
@@ -310,7 +337,7 @@ func (f findings) files() {
 			f.own.add("directory %s", path)
 		}
 	}
-	for _, pattern := range []string{"/run/containerd/s/*", "/run/docker*", "/etc/docker*", "/var/lib/docker*", "/etc/cni/*"} {
+	for _, pattern := range []string{"/run/containerd/s/*", "/run/docker*", "/etc/docker*", "/var/lib/docker*"} {
 		paths, _ := filepath.Glob(pattern)
 		for _, path := range paths {
 			f.shared.add("file %s", path)

@@ -42,7 +42,7 @@ type server struct {
 	hostname string
 	family   string // "", "4" or "6"
 	listen   string
-	pktinfo  bool
+	naive    bool
 }
 
 func serve(ctx context.Context, args []string) error {
@@ -54,7 +54,7 @@ func serve(ctx context.Context, args []string) error {
 	f.StringVar(&s.text, "text", "", "fixed `text` in each answer")
 	f.StringVar(&s.family, "family", "", "4 or 6 only; without it, both on one socket")
 	f.StringVar(&s.listen, "listen", "", "`address` to listen on; without it, all")
-	f.BoolVar(&s.pktinfo, "pktinfo", false, "UDP: answer from the address that was reached, on any number of them")
+	f.BoolVar(&s.naive, "naive", false, "UDP: let the kernel choose the address to answer from, not the one that was reached")
 	proxies := proxyTable{}
 	f.Var(proxies, "proxy", "HTTP: forward `PREFIX=URL`; may be repeated")
 	if err := f.Parse(args); err != nil {
@@ -167,7 +167,7 @@ func (s *server) answerUDP(c *net.UDPConn) error {
 			continue
 		}
 		reached, control := reachedAddr(oob[:oobSize])
-		if !s.pktinfo {
+		if s.naive {
 			control = nil
 		}
 		answer := buf[:n]
