@@ -28,7 +28,8 @@ type Change struct {
 	Path string `json:"path"` // below /proc/sys
 	Old  string `json:"old"`
 	New  string `json:"new"`
-	// Side is true if the kernel changed it because another one was written.
+	// Side is true if the kernel changes it when another one is written. Old and New are the
+	// same if it only would on the way back.
 	Side bool `json:"side,omitempty"`
 }
 
@@ -41,7 +42,7 @@ const (
 // sideGlobs are the sysctls that the kernel changes when forwarding is switched.
 var sideGlobs = []string{
 	"net/ipv4/conf/*/forwarding",
-	"net/ipv4/conf/*/accept_redirects",
+	"net/ipv4/conf/all/accept_redirects",
 	"net/ipv6/conf/*/forwarding",
 }
 
@@ -140,7 +141,7 @@ func PlanForwarding(read func(path string) (string, error), uplinks []string, ea
 }
 
 // Apply writes the settings in order and returns what changed: each setting whose value was
-// another, and each sysctl that the kernel flipped along with one (Side). On an error the
+// another, and each sysctl that the kernel flips along with one (Side). On an error the
 // changes made so far are returned with it, for Restore.
 func Apply(plan []Setting) ([]Change, error) {
 	side, err := readSide()
@@ -171,11 +172,32 @@ func Apply(plan []Setting) ([]Change, error) {
 		return changes, errors.Join(err, serr)
 	}
 	for _, path := range sortedKeys(side) {
-		if now, ok := after[path]; ok && now != side[path] && !wrote[path] {
-			changes = append(changes, Change{Path: path, Old: side[path], New: now, Side: true})
+		now, ok := after[path]
+		if !ok || wrote[path] {
+			continue
+		}
+		if old := side[path]; now != old || (switched(changes, path) && old != flippedOff(path)) {
+			changes = append(changes, Change{Path: path, Old: old, New: now, Side: true})
 		}
 	}
 	return changes, err
+}
+
+// switched reports whether the changes include the switch of path's family.
+func switched(changes []Change, path string) bool {
+	sw := pathForward4
+	if strings.HasPrefix(path, "net/ipv6/") {
+		sw = pathForward6
+	}
+	return slices.ContainsFunc(changes, func(c Change) bool { return c.Path == sw })
+}
+
+// flippedOff is what the kernel sets path to when forwarding is switched off.
+func flippedOff(path string) string {
+	if strings.HasSuffix(path, "/accept_redirects") {
+		return "1"
+	}
+	return "0"
 }
 
 // Restore puts back what Apply changed, where the value is still the one that Apply left:
@@ -225,7 +247,7 @@ func Restore(changes []Change) error {
 }
 
 // Merge joins the changes of a later Apply to those of earlier ones: a path keeps its first old
-// value and gets its last new one. A path that is back at its old value is dropped.
+// value and gets its last new one. A setting that is back at its old value is dropped.
 func Merge(earlier, later []Change) []Change {
 	out := slices.Clone(earlier)
 	for _, c := range later {
@@ -237,7 +259,7 @@ func Merge(earlier, later []Change) []Change {
 		out[i].New = c.New
 		out[i].Side = out[i].Side && c.Side
 	}
-	return slices.DeleteFunc(out, func(c Change) bool { return c.Old == c.New })
+	return slices.DeleteFunc(out, func(c Change) bool { return c.Old == c.New && !c.Side })
 }
 
 // readSide reads all sysctls that a switch of forwarding could flip.

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"sync"
 	"syscall"
 
@@ -93,22 +92,16 @@ func (d *Devices) Watch(ctx context.Context) (<-chan Event, error) {
 		_ = sock.SetReceiveBufferSize(watchBuffer, false)
 	}
 
-	links, err := d.links()
-	if err != nil {
+	w := &watcher{links: d.links, out: make(chan Event, 64)}
+	if err := w.relearn(); err != nil {
 		sock.Close()
 		return nil, fmt.Errorf("watch devices: %w", err)
 	}
-	w := &watcher{names: make(map[int]string, len(links)), out: make(chan Event, 64)}
-	for _, l := range links {
-		w.names[l.index] = l.name
-	}
 
-	var once sync.Once
-	closeSock := func() { once.Do(sock.Close) }
-	stop := context.AfterFunc(ctx, closeSock)
+	stop := context.AfterFunc(ctx, func() { w.close(sock) })
 	go func() {
 		defer close(w.out)
-		defer closeSock()
+		defer w.close(sock)
 		defer stop()
 		w.run(ctx, sock)
 	}()
@@ -117,8 +110,33 @@ func (d *Devices) Watch(ctx context.Context) (<-chan Event, error) {
 
 // watcher turns netlink messages into events. It is owned by one goroutine.
 type watcher struct {
+	links func() ([]device, error)
 	names map[int]string
 	out   chan Event
+
+	mu     sync.Mutex // held to close the socket, and to use its bare descriptor
+	closed bool
+}
+
+func (w *watcher) close(sock *nl.NetlinkSocket) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.closed {
+		w.closed = true
+		sock.Close()
+	}
+}
+
+func (w *watcher) relearn() error {
+	links, err := w.links()
+	if err != nil {
+		return err
+	}
+	w.names = make(map[int]string, len(links))
+	for _, l := range links {
+		w.names[l.index] = l.name
+	}
+	return nil
 }
 
 func (w *watcher) run(ctx context.Context, sock *nl.NetlinkSocket) {
@@ -130,11 +148,14 @@ func (w *watcher) run(ctx context.Context, sock *nl.NetlinkSocket) {
 		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
 			continue
 		case errors.Is(err, unix.ENOBUFS):
+			w.drain(sock)
+			// Names may stay as they were: an event without one is still an event.
+			_ = w.relearn()
 			if !w.send(ctx, Event{Kind: Resync}) {
 				return
 			}
 			continue
-		case errors.Is(err, os.ErrClosed), err != nil:
+		case err != nil:
 			w.send(ctx, Event{Kind: Resync})
 			return
 		}
@@ -151,6 +172,20 @@ func (w *watcher) run(ctx context.Context, sock *nl.NetlinkSocket) {
 			if !w.send(ctx, ev) {
 				return
 			}
+		}
+	}
+}
+
+// drain empties the socket. After an overflow the kernel goes on losing messages without
+// another word until the queue has been empty once, so only then is a Resync the last word.
+func (w *watcher) drain(sock *nl.NetlinkSocket) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var buf [64]byte
+	for !w.closed {
+		_, _, err := unix.Recvfrom(sock.GetFd(), buf[:], unix.MSG_DONTWAIT|unix.MSG_TRUNC)
+		if err != nil && !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.EINTR) {
+			return
 		}
 	}
 }
