@@ -26,6 +26,7 @@ type Bpfnet struct {
 	binary string
 	args   []string
 	proc   *Process
+	notify *net.UnixConn // what the service manager would listen on
 }
 
 // StartBpfnet builds bpfnet, once per test process, starts its daemon in the host's
@@ -50,6 +51,7 @@ func (l *Lab) StartBpfnet(t testing.TB, d *Docker, extra ...string) *Bpfnet {
 	}
 	b.args = append(append(b.args, b.flags()...), extra...)
 	t.Cleanup(func() {
+		b.closeNotify()
 		if b.proc == nil {
 			return
 		}
@@ -71,13 +73,14 @@ func (b *Bpfnet) flags() []string {
 // fails the test at once when the daemon ends, and after thirty seconds otherwise.
 func (b *Bpfnet) Start(t testing.TB) {
 	t.Helper()
+	b.closeNotify()
 	notify := filepath.Join(b.lab.Dir, "notify.sock")
 	_ = os.Remove(notify)
 	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: notify, Net: "unixgram"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close()
+	b.notify = conn
 	cmd := b.lab.Host.command(b.binary, b.args...)
 	cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+notify)
 	if b.proc, err = b.lab.start(cmd, "bpfnet"); err != nil {
@@ -103,6 +106,12 @@ func (b *Bpfnet) Start(t testing.TB) {
 		}
 		return false
 	})
+}
+
+func (b *Bpfnet) closeNotify() {
+	if b.notify != nil {
+		b.notify.Close()
+	}
 }
 
 // Kill ends the daemon with SIGKILL. What it has loaded and pinned stays.

@@ -200,7 +200,7 @@ func (d *Docker) destroy(t testing.TB) {
 		t.Error(err)
 	}
 	Eventually(t, 10*time.Second, "end of dockerd's children", func() bool { return len(d.processes()) == 0 })
-	d.removeShimSockets()
+	removeShimSockets(d.Dir)
 	if err := removeTree(d.Dir); err != nil {
 		t.Errorf("remove the engine's files: %v", err)
 	}
@@ -231,10 +231,10 @@ func (l *Lab) killContainers() error {
 	return nil
 }
 
-// removeShimSockets removes the sockets of killed shims, which containerd keeps in a
-// directory that all engines of a machine share.
-func (d *Docker) removeShimSockets() {
-	addresses, _ := filepath.Glob(filepath.Join(d.Dir, "exec/containerd/daemon/io.containerd.runtime.v2.task/*/*/address"))
+// removeShimSockets removes the sockets of an engine's killed shims, which containerd
+// keeps in a directory that all engines of a machine share.
+func removeShimSockets(dir string) {
+	addresses, _ := filepath.Glob(filepath.Join(dir, "exec/containerd/daemon/io.containerd.runtime.v2.task/*/*/address"))
 	for _, a := range addresses {
 		socket := strings.TrimPrefix(strings.TrimSpace(read(a)), "unix://")
 		if strings.HasPrefix(socket, "/run/containerd/s/") {
@@ -298,11 +298,23 @@ func (d *Docker) Inspect(t testing.TB, object, template string) string {
 	return d.MustRun(t, "inspect", "--format", template, object)
 }
 
-// NS returns the network namespace of a running container. Commands that run there are
-// not the container's: they see the machine's files.
+// NS returns the network namespace of a running container. Commands that run there see
+// the machine's files, not the container's, but stand in the container's cgroup, so
+// that programs at the lab's cgroup take them for processes of the container.
 func (d *Docker) NS(t testing.TB, container string) *NS {
 	t.Helper()
-	return &NS{Name: container, Path: d.Inspect(t, container, "/proc/{{.State.Pid}}/ns/net"), lab: d.lab}
+	pid := d.Inspect(t, container, "{{.State.Pid}}")
+	n := &NS{Name: container, Path: "/proc/" + pid + "/ns/net", lab: d.lab}
+	root, err := cgroup2Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(read("/proc/" + pid + "/cgroup")) {
+		if path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::"); ok {
+			n.cgroup = openDir(t, filepath.Join(root, path))
+		}
+	}
+	return n
 }
 
 // Addrs returns the IPv4 and IPv6 addresses that a container has on a network. An

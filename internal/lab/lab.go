@@ -67,9 +67,10 @@ type Lab struct {
 	// Tool is the test tool, a static binary: see internal/lab/tool.
 	Tool string
 
-	name   string
-	serial atomic.Int64 // numbers the log files
-	tools  *os.File     // cgroup of the commands in the host's namespace
+	name    string
+	serial  atomic.Int64 // numbers the log files
+	tools   *os.File     // cgroup of the commands in the host's namespace
+	outside *os.File     // cgroup of the commands in the others
 }
 
 // labs numbers the labs of this process.
@@ -228,45 +229,61 @@ func openDir(t testing.TB, path string) *os.File {
 
 func (l *Lab) makeTopology(t testing.TB) {
 	t.Helper()
-	outside := openDir(t, filepath.Join(filepath.Dir(l.Cgroup), "outside"))
-	l.Client = l.newNS(t, l.name+"-client", outside)
+	l.outside = openDir(t, filepath.Join(filepath.Dir(l.Cgroup), "outside"))
+	l.Client = l.NewNS(t, "client")
 	l.Host = l.newNS(t, l.name+"-host", l.tools)
-	l.Client2 = l.newNS(t, l.name+"-client2", outside)
+	l.Client2 = l.NewNS(t, "client2")
 
-	l.join(t, l.Client, ClientIf, l.Host, HostIf)
-	l.join(t, l.Client2, ClientIf, l.Host, HostIf2)
-	l.Client.setUp(t, ClientIf, addr(Client4, 24), addr(Client6, 64))
-	l.Client2.setUp(t, ClientIf, addr(Client24, 24), addr(Client26, 64))
-	l.Host.setUp(t, HostIf, addr(Host4, 24), addr(Host6, 64))
-	l.Host.setUp(t, HostIf2, addr(HostB4, 24), addr(HostB6, 64))
+	Join(t,
+		End{l.Client, ClientIf, []netip.Prefix{addr(Client4, 24), addr(Client6, 64)}},
+		End{l.Host, HostIf, []netip.Prefix{addr(Host4, 24), addr(Host6, 64)}})
+	Join(t,
+		End{l.Client2, ClientIf, []netip.Prefix{addr(Client24, 24), addr(Client26, 64)}},
+		End{l.Host, HostIf2, []netip.Prefix{addr(HostB4, 24), addr(HostB6, 64)}})
 	l.Client2.setUp(t, "lo", addr(Internet4, 32), addr(Internet6, 128))
-	l.Client.noticeCarrier(t, ClientIf)
-	l.Client2.noticeCarrier(t, ClientIf)
-	l.Host.noticeCarrier(t, HostIf)
-	l.Host.noticeCarrier(t, HostIf2)
 	l.Client.routeByDefault(t, Host4, Host6)
 	l.Host.routeByDefault(t, Client24, Client26)
 	l.Client2.routeByDefault(t, HostB4, HostB6)
 }
 
+// NewNS makes another namespace that stands for a machine outside the host: lo is up,
+// [Join] connects it. Its full name is the lab's followed by this one.
+func (l *Lab) NewNS(t testing.TB, name string) *NS {
+	t.Helper()
+	return l.newNS(t, l.name+"-"+name, l.outside)
+}
+
 // addr is an address with its prefix length in bits.
 func addr(a netip.Addr, bits int) netip.Prefix { return netip.PrefixFrom(a, bits) }
 
-// join makes a veth pair between two namespaces. Neither end is ever seen in a third.
-func (l *Lab) join(t testing.TB, a *NS, aName string, b *NS, bName string) {
+// End is one end of a link between two namespaces.
+type End struct {
+	NS    *NS
+	If    string // interface name, at most 15 bytes
+	Addrs []netip.Prefix
+}
+
+// Join makes a veth pair between two namespaces, which may be of different labs, and
+// gives its ends their addresses. Both are up and answer when it returns. Neither is
+// ever seen in a third namespace.
+func Join(t testing.TB, a, b End) {
 	t.Helper()
-	peer, err := os.Open(b.Path)
+	peer, err := os.Open(b.NS.Path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer peer.Close()
-	a.link(t, func(h *netlink.Handle) error {
+	a.NS.link(t, func(h *netlink.Handle) error {
 		return h.LinkAdd(&netlink.Veth{
-			LinkAttrs:     netlink.LinkAttrs{Name: aName},
-			PeerName:      bName,
+			LinkAttrs:     netlink.LinkAttrs{Name: a.If},
+			PeerName:      b.If,
 			PeerNamespace: netlink.NsFd(peer.Fd()),
 		})
 	})
+	a.NS.setUp(t, a.If, a.Addrs...)
+	b.NS.setUp(t, b.If, b.Addrs...)
+	a.NS.noticeCarrier(t, a.If)
+	b.NS.noticeCarrier(t, b.If)
 }
 
 // setUp gives an interface its addresses and sets it up.

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -216,9 +217,12 @@ func TestDocker(t *testing.T) {
 	if out := d.NS(t, "peer").MustRun(t, "ip", "-o", "-4", "addr", "show", "dev", "eth0"); !strings.Contains(out, "172.30.0.") {
 		t.Errorf("namespace of container peer: %s", out)
 	}
-	// What programs at the lab's cgroup see: the engine at least.
-	if !insideCgroup(t, l, d.PID()) {
-		t.Error("dockerd is not below the lab's cgroup")
+	// What programs at the lab's cgroup see: the engine, and its containers.
+	pid, _ := strconv.Atoi(d.Inspect(t, "web", "{{.State.Pid}}"))
+	for who, pid := range map[string]int{"dockerd": d.PID(), "the container": pid} {
+		if !insideCgroup(t, l, pid) {
+			t.Errorf("%s is not below the lab's cgroup", who)
+		}
 	}
 
 	d.Restart(t)
@@ -236,6 +240,35 @@ func insideCgroup(t *testing.T, l *Lab, pid int) bool {
 	}
 	inside := ":" + strings.TrimPrefix(l.Cgroup, root) + "/"
 	return strings.Contains(read(fmt.Sprintf("/proc/%d/cgroup", pid)), "0:"+inside)
+}
+
+// An engine that writes its own rules is the reference: outsiders reach published ports
+// and are seen as themselves, containers get out, under the same FORWARD policy.
+func TestReferenceEngine(t *testing.T) {
+	l := New(t, Opts{})
+	d := l.StartDocker(t, DockerOpts{IPTables: true})
+	l.Client2.Serve(t, "--tcp", "80")
+	d.Serve(t, "--name", "web", "-p", "8080:80")
+	r := l.Client.MustGet(t, port(Host4, 8080))
+	if remote := netip.MustParseAddrPort(r.View.Remote).Addr(); remote != Client4 {
+		t.Errorf("client seen as %v", remote)
+	}
+	r = d.MustGet(t, "web", port(Internet4, 80))
+	if remote := netip.MustParseAddrPort(r.View.Remote).Addr(); remote != HostB4 {
+		t.Errorf("container seen as %v", remote)
+	}
+}
+
+// Hosts of two labs can be neighbours.
+func TestJoin(t *testing.T) {
+	a, b := New(t, Opts{}), New(t, Opts{})
+	Join(t,
+		End{a.Host, "side", []netip.Prefix{netip.MustParsePrefix("203.0.113.65/26")}},
+		End{b.Host, "side", []netip.Prefix{netip.MustParsePrefix("203.0.113.66/26")}})
+	b.Host.Serve(t, "--tcp", "80")
+	if r := a.Host.MustGet(t, "203.0.113.66:80"); !strings.HasPrefix(r.View.Remote, "203.0.113.65:") {
+		t.Errorf("seen as %+v", r.View)
+	}
 }
 
 // The engine's own proxy makes published ports work, so the lab's way in is sound.

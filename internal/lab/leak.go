@@ -23,6 +23,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
 
@@ -59,21 +60,21 @@ func Main(m *testing.M) {
 func runMain(m *testing.M) int {
 	mainRuns = true
 	var err error
-	if binDir, err = os.MkdirTemp("", processTag+"-bin-"); err != nil {
-		fmt.Fprintln(os.Stderr, "lab:", err)
-		return 1
-	}
-	removeBin := func() { os.RemoveAll(binDir) }
-	defer removeBin()
 	root := os.Geteuid() == 0
 	if root {
-		unlock, err := lockMachine(unix.LOCK_SH)
+		unlock, err := lockMachine()
 		if err != nil {
 			fmt.Fprintln(os.Stderr, "lab:", err)
 			return 1
 		}
 		defer unlock()
 	}
+	if binDir, err = os.MkdirTemp("", processTag+"-bin-"); err != nil {
+		fmt.Fprintln(os.Stderr, "lab:", err)
+		return 1
+	}
+	removeBin := func() { os.RemoveAll(binDir) }
+	defer removeBin()
 
 	before := look(root)
 	traces := engineTraces()
@@ -435,17 +436,55 @@ func withMachineLock(f func() error) error {
 
 var heldLock *os.File
 
-// lockMachine marks this process as one that runs a lab.
-func lockMachine(how int) (unlock func(), err error) {
+// lockMachine marks this process as one that runs a lab. If it is the only one, what
+// test processes have left that died before their cleanup is swept away first.
+func lockMachine() (unlock func(), err error) {
 	heldLock, err = os.OpenFile(machineLock, os.O_CREATE|os.O_RDWR|syscall.O_CLOEXEC, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(heldLock.Fd()), how); err != nil {
+	if onlyLab() {
+		err = sweep()
+	}
+	if err == nil {
+		err = unix.Flock(int(heldLock.Fd()), unix.LOCK_SH)
+	}
+	if err != nil {
 		heldLock.Close()
 		return nil, fmt.Errorf("lock %s: %w", machineLock, err)
 	}
 	return func() { heldLock.Close() }, nil
+}
+
+// sweep removes everything that bears the labs' prefix: processes by their cgroups,
+// cgroups, namespaces, pins and directories. No lab may be running.
+func sweep() error {
+	root, err := cgroup2Root()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	all := func(pattern string) []string {
+		paths, _ := filepath.Glob(pattern)
+		return paths
+	}
+	for _, dir := range all(filepath.Join(root, labPrefix+"*")) {
+		fmt.Fprintf(os.Stderr, "lab: sweep away %s, left by a test process that died\n", filepath.Base(dir))
+		errs = append(errs, killCgroup(dir), removeCgroups(filepath.Base(dir)))
+	}
+	for _, path := range all("/var/run/netns/" + labPrefix + "*") {
+		errs = append(errs, netns.DeleteNamed(filepath.Base(path)))
+	}
+	for _, dir := range all(filepath.Join(bpffsRoot, labPrefix+"*")) {
+		errs = append(errs, os.RemoveAll(dir))
+	}
+	for _, dir := range all(filepath.Join(os.TempDir(), labPrefix+"*")) {
+		for _, engine := range all(filepath.Join(dir, "docker*")) {
+			removeShimSockets(engine)
+		}
+		errs = append(errs, removeTree(dir))
+	}
+	return errors.Join(errs...)
 }
 
 // onlyLab reports whether this is the only process that runs a lab.
