@@ -13,6 +13,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
 	"github.com/gopacket/gopacket"
 	"github.com/gopacket/gopacket/layers"
 
@@ -332,8 +335,24 @@ func TestLeaksAreSeen(t *testing.T) {
 	}
 	l := New(t, Opts{})
 	p := l.Host.Serve(t, "--tcp", "80")
+	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Name: "leak", Type: ebpf.CGroupSKB, AttachType: ebpf.AttachCGroupInetEgress, License: "GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer prog.Close()
+	at, err := link.AttachCgroup(link.CgroupOptions{Path: l.Cgroup, Attach: ebpf.AttachCGroupInetEgress, Program: prog})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer at.Close()
+	if shared := before.shared.missingFrom(look(true).shared); !slices.Contains(shared, "loaded CGroupSKB program leak (1 more)") {
+		t.Errorf("loaded program not seen in %q", shared)
+	}
 	left = before.own.missingFrom(look(true).own)
-	for _, w := range []string{"network namespace " + l.name + "-host", "cgroup " + l.Cgroup, "pin " + l.BPFFS, "directory " + l.Dir, "process " + filepath.Base(l.Tool)} {
+	for _, w := range []string{"network namespace " + l.name + "-host", "cgroup " + l.Cgroup, "pin " + l.BPFFS, "directory " + l.Dir, "process " + filepath.Base(l.Tool), "CGroupInetEgress program at " + l.Cgroup} {
 		if !slices.ContainsFunc(left, func(s string) bool { return strings.HasPrefix(s, w) }) {
 			t.Errorf("not seen: %s in %q", w, left)
 		}

@@ -45,9 +45,8 @@ const machineLock = "/run/bpfnet-lab.lock"
 
 // Main runs the tests of a package, and then looks for what they left behind: open
 // files and goroutines of the process; pins, interfaces and cgroup programs; namespaces,
-// cgroups, mounts, files and processes of its labs; loaded programs of bpfnet; changed
-// sysctls of the machine. It ends the process, with status 1 if the tests fail or
-// anything is left.
+// cgroups, mounts, files and processes of its labs; loaded programs; changed sysctls of
+// the machine. It ends the process, with status 1 if the tests fail or anything is left.
 //
 //	func TestMain(m *testing.M) { lab.Main(m) }
 //
@@ -386,9 +385,7 @@ func (f findings) processes() {
 	})
 }
 
-// programPrefix begins the names of bpfnet's programs.
-const programPrefix = "bpfnet_"
-
+// programs finds all that are loaded: a program says neither who loaded it nor what for.
 func (f findings) programs() {
 	var id ebpf.ProgramID
 	for {
@@ -401,8 +398,8 @@ func (f findings) programs() {
 		if err != nil {
 			continue // gone in between
 		}
-		if info, err := p.Info(); err == nil && strings.HasPrefix(info.Name, programPrefix) {
-			f.shared.add("loaded program %s", info.Name)
+		if info, err := p.Info(); err == nil {
+			f.shared.add("loaded %v program %s", info.Type, info.Name)
 		}
 		p.Close()
 	}
