@@ -3,12 +3,13 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
  * Processes of the host's network namespace reach published ports with no proxy: a destination that
- * is a published port on one of the host's addresses becomes the container's address, and reads back
- * as what was dialled. Also notes which ports the container engine has bound but not yet published.
+ * is a published port on one of the host's addresses becomes the container's address, and reads
+ * back as what was dialled. Also notes the ports that the container engine has bound.
  *
  * Left to the program on lo, because the kernel takes no other destination for them: sockets with a
- * loopback source, sockets bound to a device, and all that passes no hook here (raw sockets, processes
- * outside of the cgroup).
+ * loopback source, sockets bound to a device, and all that passes no hook here (raw sockets,
+ * processes outside of the cgroup). An MPTCP socket is redirected but reads back the container's
+ * address: the kernel shows its subflow to connect and post_bind, itself to the other hooks.
  */
 #include "maps.h"
 
@@ -32,8 +33,10 @@ struct sock_mark {
 };
 MAP(BPF_MAP_TYPE_SK_STORAGE, sock_marks, int, struct sock_mark, 0, BPF_F_NO_PREALLOC);
 
-/* The one bit of enum port_bits, or 0 for sockets that no published port can serve. The kernel calls
- * none of these hooks for SCTP. */
+/*
+ * Returns one of enum port_bits, or 0 for a socket that no published port can serve. The kernel
+ * calls none of these hooks for SCTP.
+ */
 static __always_inline __u8 port_bit(__u32 type, __u32 proto)
 {
 	if (type == SOCK_STREAM && proto == IPPROTO_TCP)
@@ -88,6 +91,11 @@ static __always_inline bool is_loopback(const struct addr *a)
 	return !a->w[0] && !a->w[1] && !a->w[2] && a->w[3] == bpf_htonl(1);
 }
 
+static __always_inline bool is_link_local(__be32 w)
+{
+	return (w & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000);
+}
+
 static __always_inline void read_ip6(struct addr *a, const struct bpf_sock_addr *ctx)
 {
 	a->w[0] = ctx->user_ip6[0];
@@ -122,8 +130,8 @@ static __always_inline bool is_candidate(struct bpf_sock_addr *ctx)
 }
 
 /*
- * Whether the kernel would deliver dst to the host itself. The unspecified address means loopback and
- * is replaced by it, or by the socket's own address if it has one: such a socket is left alone.
+ * Returns whether the kernel would deliver dst to the host itself. The unspecified address means
+ * loopback and is replaced by it; for a socket with an address it means that one, and it is left.
  */
 static __always_inline bool is_local(struct addr *dst, const struct addr *src)
 {
@@ -251,8 +259,10 @@ int sock_connect6(struct bpf_sock_addr *ctx)
 	return LEAVE;
 }
 
-/* Unconnected UDP, that of IPv6 sockets to a mapped address too. The source is the socket's or the
- * message's own (IP_PKTINFO). */
+/*
+ * Unconnected UDP, that of IPv6 sockets to a mapped address too. The source is the socket's or the
+ * message's own (IP_PKTINFO).
+ */
 SEC("cgroup/sendmsg4")
 int sock_sendmsg4(struct bpf_sock_addr *ctx)
 {
@@ -261,14 +271,16 @@ int sock_sendmsg4(struct bpf_sock_addr *ctx)
 	return LEAVE;
 }
 
-/* The kernel refuses a mapped address that was none before, so a container with IPv4 only is out of
- * reach here. A scoped destination has tied the message to a device already. */
+/*
+ * The kernel refuses a mapped address that was none before, so a container with IPv4 only is out of
+ * reach here. A scoped destination has tied the message to a device already.
+ */
 SEC("cgroup/sendmsg6")
 int sock_sendmsg6(struct bpf_sock_addr *ctx)
 {
 	struct addr src;
 
-	if (!is_candidate(ctx) || (ctx->user_ip6[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000))
+	if (!is_candidate(ctx) || is_link_local(ctx->user_ip6[0]))
 		return LEAVE;
 	src.w[0] = ctx->msg_src_ip6[0];
 	src.w[1] = ctx->msg_src_ip6[1];
@@ -407,6 +419,8 @@ static __always_inline void release(struct reservation *r, __u32 *word, __u32 bi
 	bpf_spin_unlock(&r->lock);
 }
 
+_Static_assert(__builtin_offsetof(struct port_class, engine) % sizeof(__u32) == 0, "engine");
+
 static __always_inline __u32 *engine_word(struct port_class *class, __u16 port)
 {
 	return (__u32 *)&class->engine[port & ~3U];
@@ -417,6 +431,10 @@ static __always_inline __u32 engine_bit(__u16 port, __u8 proto)
 	return (proto == IPPROTO_TCP ? PORT_TCP : PORT_UDP) << (port & 3) * 8;
 }
 
+/*
+ * Records the engine's socket. One of MPTCP is never seen to go and leaves its bit behind, which
+ * matters no longer than config.reservation_wait.
+ */
 static __always_inline void reserve(struct bpf_sock *ctx)
 {
 	__u16 port = ctx->src_port;
