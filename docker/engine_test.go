@@ -5,6 +5,8 @@ package docker
 import (
 	"context"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -15,20 +17,21 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/bpfnet/bpfnet/internal/lab"
+	"github.com/bpfnet/bpfnet/netdev"
 	"github.com/bpfnet/bpfnet/policy"
 )
 
 // startEngine starts a real Engine in a lab and follows it.
-func startEngine(t *testing.T, args ...string) (*lab.Docker, *Source, <-chan policy.State) {
+func startEngine(t *testing.T, args ...string) (l *lab.Lab, d *lab.Docker, s *Source, states <-chan policy.State) {
 	t.Helper()
-	l := lab.New(t, lab.Opts{})
-	d := l.StartDocker(t, lab.DockerOpts{ExtraArgs: args})
+	l = lab.New(t, lab.Opts{})
+	d = l.StartDocker(t, lab.DockerOpts{ExtraArgs: args})
 	// Only events and our own hints are to be seen, not the periodic read.
-	s, states := follow(t, Options{Host: d.Host, Resync: time.Hour})
+	s, states = follow(t, Options{Host: d.Host, Resync: time.Hour})
 	await(t, states, "the default bridge", func(st policy.State) bool {
 		return len(st.Networks) == 1 && st.Networks[0].Bridge == "docker0" && len(st.Endpoints) == 0
 	})
-	return d, s, states
+	return l, d, s, states
 }
 
 // ports shows the ports with their endpoints as container@network.
@@ -50,7 +53,7 @@ func ports(st policy.State) string {
 
 // Needs root, dockerd and busybox: the life of containers of a real Engine.
 func TestRealEngine(t *testing.T) {
-	d, _, states := startEngine(t)
+	_, d, _, states := startEngine(t)
 	d.MustRun(t, "network", "create", "--ipv6", "--subnet", "172.30.1.0/24", "--subnet", "fd00:30:1::/64", "zdual")
 	d.MustRun(t, "network", "create", "--subnet", "172.30.2.0/24", "-o", "com.docker.network.bridge.host_binding_ipv4=127.0.0.1", "alone")
 	d.MustRun(t, "network", "create", "--internal", "inside")
@@ -68,7 +71,8 @@ func TestRealEngine(t *testing.T) {
 	st, between := await(t, states, "all ports", func(st policy.State) bool { return strings.HasPrefix(ports(st), fixed+", ") })
 	require.Empty(t, between)
 	for line := range strings.Lines(udp) {
-		require.Contains(t, ports(st), strings.TrimSpace(line)+"->81/udp")
+		line = strings.Replace(strings.TrimSpace(line), ":::", "[::]:", 1)
+		require.Contains(t, ports(st), line+"->81/udp")
 	}
 	require.Len(t, st.Ports, 5)
 	require.Len(t, st.Endpoints, 1)
@@ -135,7 +139,7 @@ func TestRealEngine(t *testing.T) {
 // Needs root, dockerd and busybox: an Engine that restarts under its containers (live-restore)
 // sends no events about them, and the state is found again as it was.
 func TestRealEngineRestart(t *testing.T) {
-	d, s, states := startEngine(t, "--live-restore")
+	_, d, s, states := startEngine(t, "--live-restore")
 	d.MustRun(t, "run", "-d", "--name", "web", "-p", "8080:80", "-p", "81", lab.Image, "sleep", "1000")
 	was, _ := await(t, states, "started", func(st policy.State) bool { return len(st.Ports) == 2 })
 	d.Kill(t)
@@ -212,4 +216,52 @@ func TestFixedPortsBeforeProcess(t *testing.T) {
 		require.Less(t, at, ran, name)
 		t.Logf("%s: port known %v before its program ran", name, ran-at)
 	}
+}
+
+// Needs root, dockerd and busybox: an image build has an endpoint, but neither a container nor
+// an event. Only the kernel tells, and it tells before the Engine does.
+func TestImageBuild(t *testing.T) {
+	t.Setenv("DOCKER_BUILDKIT", "1")
+	l, d, s, states := startEngine(t)
+	var events <-chan netdev.Event
+	require.NoError(t, l.Host.Do(func() error {
+		dev, err := netdev.Open(netdev.Options{})
+		if err != nil {
+			return err
+		}
+		t.Cleanup(dev.Close)
+		events, err = dev.Watch(t.Context())
+		return err
+	}))
+	go func() {
+		for ev := range events {
+			if ev.MasterName != "" {
+				s.Refresh(ev.MasterName)
+			}
+		}
+	}()
+
+	dir := t.TempDir()
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte("FROM "+lab.Image+"\nRUN sleep 3; ip addr show eth0\n"), 0o600))
+	built := make(chan error, 1)
+	go func() {
+		_, err := d.Run("build", "--network", "default", dir)
+		built <- err
+	}()
+	st, _ := await(t, states, "the build's endpoint", func(st policy.State) bool { return len(st.Endpoints) == 1 })
+	select {
+	case err := <-built:
+		require.FailNow(t, "the build has ended already", "%v", err)
+	default:
+	}
+	require.Empty(t, d.MustRun(t, "ps", "-aq"), "no container")
+	ep := st.Endpoints[0]
+	require.True(t, strings.HasPrefix(ep.Addrs[0].String(), "172.17.0."), ep.Addrs[0])
+	require.False(t, ep.MAC.IsZero())
+	_, before := await(t, states, "its end", func(st policy.State) bool { return len(st.Endpoints) == 0 })
+	for _, b := range before {
+		require.Equal(t, ep.ID, b.Endpoints[0].ID)
+		require.Equal(t, ep.Addrs, b.Endpoints[0].Addrs)
+	}
+	require.NoError(t, <-built)
 }

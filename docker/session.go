@@ -485,5 +485,5 @@ func (x *session) state() policy.State {
 	return buildState(networks, wishes, runs, x.src.opts.DefaultBridge)
 }
 
-// isBare reports whether the key stands for an endpoint without a container: an image build's.
+// isBare reports whether the key stands for an endpoint that has not joined a sandbox.
 func isBare(key string) bool { return len(key) > 3 && key[:3] == "ep-" }

@@ -58,6 +58,10 @@ type wish struct {
 
 // translateNetwork returns a bridge network with its endpoints, and false for a network of any
 // other driver, or one of which no subnet is known.
+//
+// An endpoint's SandboxID is the Engine's key: the container's ID, the builder's name for an
+// image build, and "ep-" with the endpoint's ID as long as it has not joined a namespace, which
+// is seen for some milliseconds when a network is read that early.
 func translateNetwork(n network.Inspect, def DefaultBridgeSettings) (policy.Network, []policy.Endpoint, bool) {
 	if n.Driver != "bridge" || n.ConfigOnly {
 		return policy.Network{}, nil, false
