@@ -6,6 +6,9 @@
  */
 #pragma once
 
+#include <stdbool.h>
+#include <stddef.h>
+
 #include <linux/bpf.h>
 #include <linux/types.h>
 
@@ -58,7 +61,7 @@ enum hook {
 	HOOK_TO_UPLINK, /* egress of an uplink */
 	HOOK_BRIDGE, /* ingress of the bridge device */
 	HOOK_COUNT,
-};
+} __attribute__((packed));
 
 /* What became of a packet that was not dropped. */
 enum fate {
@@ -72,20 +75,20 @@ enum fate {
 
 enum endpoint_flags {
 	ENDPOINT_READY = 1,
-};
+} __attribute__((packed));
 
 enum network_flags {
 	NETWORK_NO_ICC = 1,
 	NETWORK_MASQUERADE = 2,
 	NETWORK_INTERNAL = 4,
-};
+} __attribute__((packed));
 
 /* One interface of one sandbox. Slot 0 stands for "none". */
 struct endpoint {
 	__u32 ifindex; /* of the host-side veth; 0: the slot is free */
 	__u32 sandbox; /* equal for all endpoints of one network namespace */
 	__u16 net; /* slot of its network */
-	__u8 flags; /* enum endpoint_flags */
+	enum endpoint_flags flags;
 	__u8 pad;
 	__u8 mac[6]; /* of the container's side */
 	__u8 pad2[2];
@@ -96,7 +99,7 @@ struct endpoint {
 struct network {
 	__u32 ifindex; /* of the bridge; 0: the slot is free */
 	__u8 mac[6]; /* of the bridge */
-	__u8 flags; /* enum network_flags */
+	enum network_flags flags;
 	__u8 pad;
 	__u16 mtu; /* bytes, of the bridge */
 	__u8 pad2[2];
@@ -149,15 +152,15 @@ enum port_bits {
 	PORT_UDP = 2,
 	PORT_SCTP = 4,
 	PORT_SNAT = 8, /* may carry a masqueraded flow */
-};
+} __attribute__((packed));
 
 /*
  * The one lookup that all of the host's own traffic pays. The daemon writes ports and subnets, the
  * post_bind programs write engine; each byte has one writer, through its own memory access.
  */
 struct port_class {
-	__u8 ports[65536]; /* by port, host order */
-	__u8 engine[65536]; /* by port: PORT_TCP, PORT_UDP, PORT_SCTP where the engine holds a reservation */
+	enum port_bits ports[65536]; /* by port, host order */
+	enum port_bits engine[65536]; /* by port: PORT_TCP, PORT_UDP, PORT_SCTP where the engine holds a reservation */
 	__u8 subnets[8192]; /* a bit by the first 16 bits of an IPv4 or the fold of an IPv6 address */
 };
 
@@ -184,7 +187,7 @@ enum config_flags {
 	CONFIG_DROP_TRANSIT = 1,
 };
 
-/* Seconds. */
+/* Ticks of 2^30 ns (1.07 s). */
 struct timeouts {
 	__u32 tcp_syn;
 	__u32 tcp_established;
@@ -199,11 +202,11 @@ struct timeouts {
 struct config {
 	__u64 netns_cookie; /* of the host's namespace */
 	__u32 generation; /* of the policy; the low 16 bits count */
-	__u32 flags; /* enum config_flags */
+	enum config_flags flags;
 	__u32 max_flows[2]; /* entries of flows4, flows6 */
 	struct port_range snat[2]; /* masquerade ports; gaps are told by PORT_SNAT */
 	__u32 hash_seed;
-	__u32 reservation_wait; /* seconds that an engine's bare reservation is protected */
+	__u32 reservation_wait; /* ticks that an engine's bare reservation is protected */
 	struct timeouts timeouts;
 };
 
@@ -214,7 +217,7 @@ struct flow4_key {
 	__be16 sport; /* echo request: the identifier, echo reply: 0 */
 	__be16 dport; /* echo request: 0, echo reply: the identifier */
 	__u8 proto;
-	__u8 hook; /* enum hook */
+	enum hook hook;
 	__u16 pad;
 };
 
@@ -236,7 +239,7 @@ enum flow_flags {
 	FLOW_CLOSED_FIRST = 32, /* this direction's FIN was the first */
 	FLOW_ORIGIN = 64, /* this direction opened the flow */
 	FLOW_FIB = 128, /* the next hop is the kernel's business */
-};
+} __attribute__((packed));
 
 /*
  * One direction of a flow, written only by packets of that direction: what both families share.
@@ -244,7 +247,7 @@ enum flow_flags {
 struct flow {
 	__u64 packets;
 	__u64 bytes;
-	__u32 first_seen; /* seconds, CLOCK_MONOTONIC */
+	__u32 first_seen; /* ticks of 2^30 ns, CLOCK_MONOTONIC */
 	__u32 last_seen;
 	__u32 ifindex; /* out device; 0: the stack */
 	__be16 sport; /* after rewriting */
@@ -255,14 +258,9 @@ struct flow {
 	__u16 port; /* slot of the published port, 0: none */
 	__u16 mtu; /* bytes of the way ahead; 0: not checked */
 	__u8 tcp_flags; /* all that this direction sent */
-	__u8 flags; /* enum flow_flags */
-	union {
-		struct {
-			__u8 dmac[6]; /* towards a container */
-			__u8 smac[6];
-		};
-		__be32 nexthop4; /* towards an uplink */
-	};
+	enum flow_flags flags;
+	__u8 dmac[6]; /* IPv4 towards an uplink: the next hop, in the first 4 */
+	__u8 smac[6];
 };
 
 struct flow4 {
@@ -290,7 +288,7 @@ struct frag_key {
 struct frag {
 	__be16 sport;
 	__be16 dport;
-	__u32 seen; /* seconds */
+	__u32 seen; /* ticks */
 };
 
 struct count {

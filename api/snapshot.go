@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package api holds what the daemon and its readers exchange: the snapshot file, which gives names
+// to the slots of the pinned maps and is readable with the daemon down, and the JSON requests over
+// the daemon's unix socket.
+package api
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+// SnapshotName is the snapshot's file name below the state directory.
+const SnapshotName = "snapshot.json"
+
+// Snapshot is what the daemon last wrote into the maps, by name. It is replaced atomically.
+type Snapshot struct {
+	Version string    `json:"version"` // of the daemon
+	PID     int       `json:"pid"`
+	Started time.Time `json:"started"`
+	Written time.Time `json:"written"`
+	Attach  string    `json:"attach"` // "tcx" or "clsact"
+
+	Networks    []Network    `json:"networks"`
+	Endpoints   []Endpoint   `json:"endpoints"`
+	Ports       []Port       `json:"ports"`
+	Allowed     []Pair       `json:"allowed"`
+	Attachments []Attachment `json:"attachments"`
+	Sources     []Source     `json:"sources"`
+}
+
+// Network is a served network.
+type Network struct {
+	Slot     uint16   `json:"slot"`
+	ID       string   `json:"id"`
+	Name     string   `json:"name"`
+	Source   string   `json:"source"`
+	Bridge   string   `json:"bridge"`
+	Subnets  []string `json:"subnets"`
+	Internal bool     `json:"internal,omitempty"`
+	NoICC    bool     `json:"no_icc,omitempty"`
+}
+
+// Endpoint is one interface of a container.
+type Endpoint struct {
+	Slot      uint16   `json:"slot"`
+	ID        string   `json:"id"`
+	Name      string   `json:"name"` // the container's
+	SandboxID string   `json:"sandbox_id"`
+	Network   string   `json:"network"` // its name
+	Addresses []string `json:"addresses"`
+	MAC       string   `json:"mac"`
+	Link      string   `json:"link"` // of the host side
+	Ifindex   int      `json:"ifindex"`
+	Ready     bool     `json:"ready"`
+	Why       string   `json:"why,omitempty"` // it is not
+}
+
+// Port is a published port.
+type Port struct {
+	Slot      uint16 `json:"slot"`
+	Proto     string `json:"proto"`
+	Host      string `json:"host"`   // address:port
+	Target    string `json:"target"` // address:port in the container
+	Endpoint  string `json:"endpoint"`
+	Container string `json:"container"`
+	Network   string `json:"network"`
+}
+
+// Pair names two networks that may talk.
+type Pair struct {
+	A string `json:"a"`
+	B string `json:"b"`
+}
+
+// Attachment is one program on one device or cgroup.
+type Attachment struct {
+	Program string `json:"program"`
+	Device  string `json:"device"`
+	Hook    string `json:"hook"` // "ingress", "egress" or "cgroup"
+}
+
+// Source is a source of state and how it is.
+type Source struct {
+	Name      string    `json:"name"`
+	Connected bool      `json:"connected"`
+	Detail    string    `json:"detail,omitempty"` // version, or what is wrong
+	LastSync  time.Time `json:"last_sync,omitzero"`
+}
+
+// ErrNoSnapshot says that no daemon has written below the state directory.
+var ErrNoSnapshot = errors.New("no snapshot")
+
+// ReadSnapshot reads the snapshot below the state directory; ErrNoSnapshot where there is none.
+func ReadSnapshot(stateDir string) (*Snapshot, error) {
+	path := filepath.Join(stateDir, SnapshotName)
+	raw, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("read snapshot %s: %w", path, ErrNoSnapshot)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read snapshot: %w", err)
+	}
+	var s Snapshot
+	if err := json.Unmarshal(raw, &s); err != nil {
+		return nil, fmt.Errorf("read snapshot %s: %w", path, err)
+	}
+	return &s, nil
+}
+
+// WriteSnapshot replaces the snapshot below the state directory.
+func WriteSnapshot(stateDir string, s *Snapshot) error {
+	raw, err := json.MarshalIndent(s, "", "  ")
+	if err != nil {
+		return fmt.Errorf("write snapshot: %w", err)
+	}
+	path := filepath.Join(stateDir, SnapshotName)
+	tmp := path + ".new"
+	if err := os.WriteFile(tmp, append(raw, '\n'), 0o644); err != nil {
+		return fmt.Errorf("write snapshot: %w", err)
+	}
+	if err := os.Rename(tmp, path); err != nil {
+		return fmt.Errorf("write snapshot: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package bpf holds the data path: the C programs, their compiled objects and the Go twins of every
+// shape they share with Go. It imports nothing of the project.
+package bpf
+
+// The compiler is pinned by its major version: `make generate` refuses another.
+//go:generate go tool bpf2go -cc clang-14 -target bpfel -cflags "-O2 -g -Wall -Wextra -Werror -mcpu=v3 -I/usr/include/x86_64-linux-gnu" -type reason -type fate -type expire_args Datapath datapath.bpf.c
+//go:generate go tool bpf2go -cc clang-14 -target bpfel -cflags "-O2 -g -Wall -Wextra -Werror -mcpu=v3 -I/usr/include/x86_64-linux-gnu -Ilib" Sock sock.bpf.c

@@ -1,0 +1,455 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* A container's interface: what it sends (from_container) and what the stack sends it (to_container). */
+#pragma once
+
+#include "forward.h"
+#include "fragment.h"
+
+/* Ethernet ARP for IPv4, RFC 826. */
+struct arp {
+	__be16 hardware;
+	__be16 protocol;
+	__u8 hardware_len;
+	__u8 protocol_len;
+	__be16 operation;
+	__u8 sender_mac[6];
+	__u8 sender_ip[4];
+	__u8 target_mac[6];
+	__u8 target_ip[4];
+};
+
+/* The READY endpoint behind the interface and its slot, or NULL. */
+static __always_inline struct endpoint *endpoint_of_link(__u32 ifindex, __u32 *slot)
+{
+	__u32 *found = bpf_map_lookup_elem(&links, &ifindex);
+	struct endpoint *ep;
+
+	if (!found)
+		return NULL;
+	*slot = *found;
+	ep = endpoint_get(*slot);
+	if (!ep || ep->ifindex != ifindex || !(ep->flags & ENDPOINT_READY))
+		return NULL;
+	return ep;
+}
+
+static __always_inline int drop_from(struct __sk_buff *skb, __u32 slot, __u32 reason)
+{
+	if (slot)
+		count_endpoint_drop(skb, slot);
+	return drop(skb, HOOK_CONTAINER, reason);
+}
+
+/*
+ * Anything but IP. ARP keeps the link alive before the endpoint is READY, but never speaks for
+ * another; the rest is the link's, where neighbours may talk.
+ */
+static __always_inline int container_link(struct __sk_buff *skb, const struct packet *p, __be16 proto)
+{
+	__u32 slot = 0;
+	struct endpoint *ep = endpoint_of_link(skb->ifindex, &slot);
+	struct network *net;
+
+	if (proto == bpf_htons(ETH_P_ARP)) {
+		struct arp *arp = header(skb, sizeof(struct ethhdr), sizeof(*arp));
+		struct addr sender;
+		__be32 ip;
+
+		if (!arp)
+			return drop_from(skb, slot, REASON_MALFORMED);
+		if (!ep)
+			return to_bridge(skb);
+		if (!mac_equal(arp->sender_mac, ep->mac) || !mac_equal(p->smac, ep->mac))
+			return drop_from(skb, slot, REASON_SPOOFED_MAC);
+		__builtin_memcpy(&ip, arp->sender_ip, 4);
+		addr_from_v4(&sender, ip);
+		if (ip && !owns_address(ep, slot, &sender, false))
+			return drop_from(skb, slot, REASON_SPOOFED_ADDRESS);
+		return to_bridge(skb);
+	}
+	if (!ep)
+		return drop_from(skb, slot, REASON_NOT_READY);
+	net = network_get(ep->net);
+	if (!net || net->flags & NETWORK_NO_ICC)
+		return drop_from(skb, slot, REASON_ICC_DISABLED);
+	if (!mac_equal(p->smac, ep->mac))
+		return drop_from(skb, slot, REASON_SPOOFED_MAC);
+	return to_bridge(skb);
+}
+
+/* What a container sends on its own link to a neighbour's MAC. */
+static __always_inline int container_l2(struct __sk_buff *skb, struct scratch *s, __u32 slot,
+					struct endpoint *ep, struct network *net)
+{
+	struct packet *p = &s->packet;
+	__u32 peer_slot = endpoint_by_addr(&p->daddr);
+	struct endpoint *peer = endpoint_get(peer_slot);
+	int err;
+
+	if (net->flags & NETWORK_NO_ICC)
+		return drop_from(skb, slot, REASON_ICC_DISABLED);
+	/* A neighbour that routes for it, or errors and lost fragments: the bridge knows the way. */
+	if (!peer || peer->net != ep->net || !mac_equal(p->dmac, peer->mac) ||
+	    p->flags & (PACKET_ICMP_ERROR | PACKET_PORTS_LOST))
+		return to_bridge(skb);
+	if (!(peer->flags & ENDPOINT_READY))
+		return drop_from(skb, slot, REASON_NOT_READY);
+	err = plan_between(s, slot, ep, net, peer_slot, peer, true);
+	return err ? drop_from(skb, slot, -err) : VERDICT_OPEN;
+}
+
+/* Out into the world: the kernel's route, masqueraded where the network says so. A verdict. */
+static __always_inline int container_egress(struct __sk_buff *skb, struct scratch *s, __u32 slot,
+					    const struct endpoint *ep, const struct network *net,
+					    const bool v6)
+{
+	bool masquerade = net->flags & NETWORK_MASQUERADE;
+	const struct packet *p = &s->packet;
+	struct plan *n = &s->plan;
+
+	plan_start(n, p);
+	n->flags = FLOW_ROUTED;
+	n->reverse_flags = FLOW_ROUTED;
+	plan_back_to_container(n, slot, ep, net->mac);
+	s->route.from = p->saddr;
+	s->route.to = p->daddr;
+	s->route.bridge = net->ifindex;
+	s->route.want_source = masquerade;
+	s->route.reverse = false;
+	if (route(skb, s, v6) != ROUTE_OK) {
+		count_endpoint_tx(skb, slot);
+		return to_stack(skb, HOOK_CONTAINER);
+	}
+	if (p->tcp_flags & TCP_RST)
+		return drop_from(skb, slot, REASON_NO_FLOW);
+	n->reverse_hook = HOOK_UPLINK;
+	if (masquerade) {
+		n->saddr = s->route.source;
+		n->flags |= FLOW_SNAT;
+	}
+	return VERDICT_OPEN;
+}
+
+/*
+ * An entry made under an older policy or route: judged again. 1: still good; 0: gone, the packet
+ * opens a flow anew; -REASON: no longer allowed.
+ */
+static __always_inline int flow_renew(struct __sk_buff *skb, struct flow *f, struct scratch *s,
+				      const struct config *cfg, const struct endpoint *ep,
+				      const struct network *net, const bool v6)
+{
+	struct endpoint *owner = endpoint_get(f->endpoint), *peer;
+	const struct packet *p = &s->packet;
+	struct plan *n = &s->plan;
+	struct addr from;
+	int err;
+
+	if (!owner || owner->sandbox != ep->sandbox)
+		return 0;
+	switch (flow_out(f)) {
+	case HOOK_CONTAINER:
+		peer = endpoint_get(f->peer);
+		if (!peer || peer->ifindex != f->ifindex)
+			return 0;
+		err = f->port ? 0 : check_isolation(owner, net, peer);
+		if (err)
+			return err;
+		break;
+	case HOOK_UPLINK:
+		if (v6) {
+			from = ((struct flow6 *)f)->saddr;
+			s->route.to = ((struct flow6 *)f)->daddr;
+		} else {
+			addr_from_v4(&from, ((struct flow4 *)f)->saddr);
+			addr_from_v4(&s->route.to, ((struct flow4 *)f)->daddr);
+		}
+		if (!f->port && net->flags & NETWORK_INTERNAL)
+			return -REASON_INTERNAL;
+		n->flags = 0;
+		s->route.from = p->saddr;
+		s->route.bridge = net->ifindex;
+		s->route.want_source = false;
+		s->route.reverse = false;
+		if (route(skb, s, v6) != ROUTE_OK)
+			return 0;
+		/* The address it was masqueraded with is no longer ours. */
+		if (f->flags & FLOW_SNAT && !is_host_addr(&from, v6))
+			return 0;
+		f->ifindex = n->ifindex;
+		f->mtu = n->mtu;
+		f->flags = (f->flags & ~FLOW_FIB) | (n->flags & FLOW_FIB);
+		if (v6)
+			((struct flow6 *)f)->nexthop = n->nexthop;
+		else
+			*flow_nexthop4(f) = n->nexthop.w[3];
+		break;
+	case HOOK_HOST:
+		break;
+	default:
+		return 0;
+	}
+	f->generation = cfg->generation;
+	return 1;
+}
+
+/* Whether a container's ICMP error is about a flow of its own sandbox. */
+static __always_inline bool container_quotes_flow(struct __sk_buff *skb, struct scratch *s,
+						  const struct endpoint *ep, const bool v6)
+{
+	struct endpoint *owner;
+	struct flow *f;
+
+	if (parse_quoted(skb, s, v6))
+		return false;
+	f = quoted_flow(s, HOOK_CONTAINER, v6);
+	if (!f || !flow_out(f))
+		return false;
+	owner = endpoint_get(f->endpoint);
+	return owner && owner->sandbox == ep->sandbox;
+}
+
+/* The first packet of a flow, or one that needs another look. A verdict. */
+static __always_inline int container_slow(struct __sk_buff *skb, struct scratch *s, const bool v6)
+{
+	__u32 slot = 0, zero = 0, peer_slot;
+	struct endpoint *ep = endpoint_of_link(skb->ifindex, &slot), *peer;
+	struct port_class *class = bpf_map_lookup_elem(&port_class, &zero);
+	struct config *cfg = config_get();
+	struct packet *p = &s->packet;
+	struct network *net;
+	struct flow *f;
+	int err;
+
+	if (!ep) {
+		if (p->flags & PACKET_NEIGHBOUR)
+			return to_bridge(skb);
+		return drop_from(skb, slot, REASON_NOT_READY);
+	}
+	net = network_get(ep->net);
+	if (!cfg || !class || !net)
+		return drop_from(skb, slot, REASON_NOT_READY);
+	if (!mac_equal(p->smac, ep->mac))
+		return drop_from(skb, slot, REASON_SPOOFED_MAC);
+	err = check_source(p, ep, slot, v6);
+	if (err)
+		return drop_from(skb, slot, -err);
+	if (addr_is_loopback(&p->daddr, v6) || addr_is_this_network(&p->daddr, v6))
+		return drop_from(skb, slot, REASON_LOOPBACK_ADDRESS);
+	if (p->flags & PACKET_NEIGHBOUR) {
+		/* A neighbour advertisement speaks only for its sender, RFC 4861 4.4. */
+		if (v6 && p->proto == IPPROTO_ICMPV6) {
+			struct addr target;
+			__u8 type = 0;
+
+			if (bpf_skb_load_bytes(skb, p->l4, &type, 1))
+				return drop_from(skb, slot, REASON_MALFORMED);
+			if (type == ICMPV6_NEIGHBOUR_ADVERTISEMENT &&
+			    (bpf_skb_load_bytes(skb, p->l4 + 8, &target, sizeof(target)) ||
+			     !owns_address(ep, slot, &target, v6)))
+				return drop_from(skb, slot, REASON_SPOOFED_ADDRESS);
+		}
+		return to_bridge(skb);
+	}
+	if (p->dmac[0] & 1 || addr_is_multicast(&p->daddr, v6))
+		return to_bridge(skb);
+	if (addr_is_link_local(&p->daddr, v6)) {
+		if (net->flags & NETWORK_NO_ICC && !mac_equal(p->dmac, net->mac))
+			return drop_from(skb, slot, REASON_ICC_DISABLED);
+		return to_bridge(skb);
+	}
+	if (p->flags & PACKET_ICMP_ERROR) {
+		if (container_quotes_flow(skb, s, ep, v6))
+			return VERDICT_ERROR;
+	} else if (!(p->flags & PACKET_PORTS_LOST)) {
+		f = flow_find(p, HOOK_CONTAINER, v6);
+		if (f) {
+			struct endpoint *owner = endpoint_get(f->endpoint);
+
+			err = 1;
+			if (f->generation != (__u16)cfg->generation || !owner ||
+			    owner->sandbox != ep->sandbox)
+				err = flow_renew(skb, f, s, cfg, ep, net, v6);
+			if (err == 1)
+				return VERDICT_FORWARD;
+			flow_forget(p, HOOK_CONTAINER, f, v6);
+			if (err)
+				return drop_from(skb, slot, -err);
+		}
+	}
+	if (!mac_equal(p->dmac, net->mac))
+		return container_l2(skb, s, slot, ep, net);
+
+	if (bpf_map_lookup_elem(&host_addrs, &p->daddr)) {
+		bool whole = !(p->flags & (PACKET_ICMP_ERROR | PACKET_PORTS_LOST));
+		struct port *port = NULL;
+
+		if (whole && class->ports[bpf_ntohs(p->dport)] & port_bit(p->proto))
+			port = port_find(p, v6);
+		if (!port) {
+			if (whole && port_reserved(p, cfg, class))
+				return drop_from(skb, slot, REASON_PORT_NOT_READY);
+			if (whole)
+				flow_open_stack(s, cfg, slot, v6);
+			count_endpoint_tx(skb, slot);
+			return to_stack(skb, HOOK_CONTAINER);
+		}
+		err = plan_published(skb, s, port, slot, ep, v6);
+		return err ? drop_from(skb, slot, -err) : VERDICT_OPEN;
+	}
+	peer_slot = endpoint_by_addr(&p->daddr);
+	if (peer_slot) {
+		peer = endpoint_get(peer_slot);
+		if (!peer || !(peer->flags & ENDPOINT_READY))
+			return drop_from(skb, slot, REASON_NOT_READY);
+		err = check_isolation(ep, net, peer);
+		if (err)
+			return drop_from(skb, slot, -err);
+	} else {
+		peer_slot = subnet_of(&p->daddr);
+		if (peer_slot)
+			return drop_from(skb, slot,
+					 peer_slot == ep->net ? REASON_UNKNOWN_ENDPOINT :
+								REASON_ISOLATED);
+		if (net->flags & NETWORK_INTERNAL)
+			return drop_from(skb, slot, REASON_INTERNAL);
+		peer = NULL;
+	}
+	if (p->flags & PACKET_PORTS_LOST)
+		return drop_from(skb, slot, REASON_FRAGMENT_NOT_FOUND);
+	if (p->flags & PACKET_ICMP_ERROR)
+		return drop_from(skb, slot, REASON_NO_FLOW);
+	if (!peer)
+		return container_egress(skb, s, slot, ep, net, v6);
+	err = plan_between(s, slot, ep, net, peer_slot, peer, false);
+	return err ? drop_from(skb, slot, -err) : VERDICT_OPEN;
+}
+
+__noinline int container_slow4(struct __sk_buff *skb, struct scratch *s)
+{
+	return s ? container_slow(skb, s, false) : TC_ACT_SHOT;
+}
+
+__noinline int container_slow6(struct __sk_buff *skb, struct scratch *s)
+{
+	return s ? container_slow(skb, s, true) : TC_ACT_SHOT;
+}
+
+static __always_inline int container_ip(struct __sk_buff *skb, struct scratch *s, const bool v6)
+{
+	struct packet *p = &s->packet;
+	struct config *cfg = config_get();
+	int err = parse_ip(skb, p, v6);
+	struct endpoint *ep;
+	struct flow *f;
+
+	if (err < 0)
+		return drop(skb, HOOK_CONTAINER, -err);
+	if (!cfg)
+		return drop(skb, HOOK_CONTAINER, REASON_NOT_READY);
+	if (p->flags & PACKET_FRAGMENT)
+		p->flags |= fragment_ports(skb, s);
+	if (!(p->flags & (PACKET_ICMP_ERROR | PACKET_NEIGHBOUR | PACKET_PORTS_LOST))) {
+		f = flow_find(p, HOOK_CONTAINER, v6);
+		if (f && f->generation == (__u16)cfg->generation) {
+			ep = endpoint_get(f->endpoint);
+			/* Whose address it is was settled when the flow was opened. */
+			if (ep && ep->ifindex == skb->ifindex && mac_equal(p->smac, ep->mac) &&
+			    ep->flags & ENDPOINT_READY) {
+				if (p->tcp_flags & (TCP_SYN | TCP_FIN))
+					flow_tcp_turn(p, f, v6);
+				return forward(skb, p, f, false, v6);
+			}
+		}
+	}
+	return conclude(skb, s, v6 ? container_slow6(skb, s) : container_slow4(skb, s), v6);
+}
+
+static __always_inline int from_container_frame(struct __sk_buff *skb)
+{
+	struct scratch *s = scratch_start(HOOK_CONTAINER);
+	__be16 proto;
+
+	if (!s)
+		return drop(skb, HOOK_CONTAINER, REASON_NOT_READY);
+	proto = parse_ethernet(skb, &s->packet);
+	if (!proto)
+		return drop(skb, HOOK_CONTAINER, REASON_MALFORMED);
+	if (!skb->vlan_present && proto == bpf_htons(ETH_P_IP))
+		return container_ip(skb, s, false);
+	if (!skb->vlan_present && proto == bpf_htons(ETH_P_IPV6))
+		return container_ip(skb, s, true);
+	return container_link(skb, &s->packet, skb->vlan_present ? 0 : proto);
+}
+
+/* What reaches a container by the stack or the bridge: its host, its neighbours, nobody else. */
+static __always_inline int to_container_ip(struct __sk_buff *skb, struct packet *p, const bool v6)
+{
+	__u32 slot = 0, from_slot = 0, in = skb->ingress_ifindex;
+	struct endpoint *ep = endpoint_of_link(skb->ifindex, &slot), *from;
+	struct network *net;
+	int err = parse_ip(skb, p, v6);
+
+	if (err < 0)
+		return drop(skb, HOOK_TO_CONTAINER, -err);
+	if (p->flags & PACKET_NEIGHBOUR)
+		return let_go(skb, HOOK_TO_CONTAINER, FATE_BRIDGE, PASS);
+	if (!ep)
+		return drop(skb, HOOK_TO_CONTAINER, REASON_NOT_READY);
+	if (addr_is_loopback(&p->saddr, v6) || addr_is_loopback(&p->daddr, v6) ||
+	    (!v6 && addr_is_this_network(&p->daddr, v6)))
+		return drop(skb, HOOK_TO_CONTAINER, REASON_LOOPBACK_ADDRESS);
+	if (in && in != LO_IFINDEX) {
+		from = endpoint_of_link(in, &from_slot);
+		if (!from) {
+			__u32 *known = bpf_map_lookup_elem(&links, &in);
+
+			net = network_get(ep->net);
+			if (known || !net)
+				return drop(skb, HOOK_TO_CONTAINER, REASON_NOT_READY);
+			/* The bridge's own index: routed by the host between its networks. */
+			return drop(skb, HOOK_TO_CONTAINER, REASON_DIRECT_ACCESS);
+		}
+		net = network_get(ep->net);
+		if (!net || from->net != ep->net)
+			return drop(skb, HOOK_TO_CONTAINER, REASON_ISOLATED);
+		if (net->flags & NETWORK_NO_ICC)
+			return drop(skb, HOOK_TO_CONTAINER, REASON_ICC_DISABLED);
+	}
+	count_endpoint_rx(skb, slot);
+	return let_go(skb, HOOK_TO_CONTAINER, in ? FATE_BRIDGE : FATE_STACK, PASS);
+}
+
+static __always_inline int to_container_frame(struct __sk_buff *skb)
+{
+	struct packet p = { .hook = HOOK_TO_CONTAINER };
+	__be16 proto = parse_ethernet(skb, &p);
+
+	if (!proto)
+		return drop(skb, HOOK_TO_CONTAINER, REASON_MALFORMED);
+	/* Sent on by from_host, which judged it. */
+	if (skb->mark == MARK_JUDGED) {
+		skb->mark = 0;
+		return PASS;
+	}
+	if (proto == bpf_htons(ETH_P_IP))
+		return to_container_ip(skb, &p, false);
+	if (proto == bpf_htons(ETH_P_IPV6))
+		return to_container_ip(skb, &p, true);
+	return let_go(skb, HOOK_TO_CONTAINER, FATE_BRIDGE, PASS);
+}
+
+/* The bridge device: only what from_container has judged comes up to the host. */
+static __always_inline int from_bridge_frame(struct __sk_buff *skb)
+{
+	struct packet p = { .hook = HOOK_BRIDGE };
+	__be16 proto;
+
+	if (skb->mark == MARK_JUDGED) {
+		skb->mark = 0;
+		return PASS;
+	}
+	proto = parse_ethernet(skb, &p);
+	if (proto == bpf_htons(ETH_P_IP) || proto == bpf_htons(ETH_P_IPV6))
+		return drop(skb, HOOK_BRIDGE, REASON_NOT_READY);
+	return let_go(skb, HOOK_BRIDGE, FATE_BRIDGE, PASS);
+}

@@ -1,0 +1,115 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * Ageing. The daemon runs expire and purge every few seconds as SYSCALL programs; a pinned timer
+ * steps in when nobody called for a minute or a table fills up. Deletion re-reads the timestamps of
+ * both directions in the live entries, so that no flow is lost to an old snapshot.
+ */
+#pragma once
+
+#include "flow.h"
+
+struct sweep {
+	struct expire_args args;
+	struct config *cfg;
+	__u32 now;
+	__u32 pressure[2];
+	bool purge; /* also what belongs to slots that are gone */
+};
+
+static __always_inline bool slot_gone(__u32 slot)
+{
+	struct endpoint *ep;
+
+	if (!slot)
+		return false;
+	ep = bpf_map_lookup_elem(&endpoint_slots, &slot);
+	return !ep || !ep->ifindex;
+}
+
+static __always_inline bool port_gone(__u32 slot)
+{
+	struct port_slot *port;
+
+	if (!slot)
+		return false;
+	port = bpf_map_lookup_elem(&port_slots, &slot);
+	return !port || !port->live;
+}
+
+static __always_inline bool flow_orphaned(const struct flow *f)
+{
+	return slot_gone(f->endpoint) || slot_gone(f->peer) || port_gone(f->port);
+}
+
+static long sweep_flow4(void *map __attribute__((unused)), struct flow4_key *key,
+			struct flow4 *f, struct sweep *s)
+{
+	struct flow4_key k = *key;
+	struct flow *g = flow_partner(&f->f, k.proto, false);
+
+	if ((s->purge && flow_orphaned(&f->f)) ||
+	    (s->cfg && flow_expired(s->cfg, k.proto, &f->f, g, s->now, s->pressure[0]))) {
+		flow_delete_pair(&k, &f->f, false);
+		s->args.deleted[0]++;
+	} else {
+		s->args.live[0]++;
+	}
+	return 0;
+}
+
+static long sweep_flow6(void *map __attribute__((unused)), struct flow6_key *key,
+			struct flow6 *f, struct sweep *s)
+{
+	struct flow6_key k = *key;
+	struct flow *g = flow_partner(&f->f, k.proto, true);
+
+	if ((s->purge && flow_orphaned(&f->f)) ||
+	    (s->cfg && flow_expired(s->cfg, k.proto, &f->f, g, s->now, s->pressure[1]))) {
+		flow_delete_pair(&k, &f->f, true);
+		s->args.deleted[1]++;
+	} else {
+		s->args.live[1]++;
+	}
+	return 0;
+}
+
+static __always_inline void sweep_tables(struct sweep *s)
+{
+	s->now = bpf_ktime_get_ns() >> 30; /* the coarse clock is not for SYSCALL programs */
+	s->cfg = config_get();
+	if (!s->cfg)
+		return;
+	s->pressure[0] = table_pressure(s->cfg, false);
+	s->pressure[1] = table_pressure(s->cfg, true);
+	bpf_for_each_map_elem(&flows4, sweep_flow4, s, 0);
+	bpf_for_each_map_elem(&flows6, sweep_flow6, s, 0);
+}
+
+static int gc_fire(void *map __attribute__((unused)), __u32 *key __attribute__((unused)),
+		   struct gc *g)
+{
+	__u64 now = bpf_ktime_get_ns();
+	struct sweep s = { .purge = false };
+
+	if (now - g->called > GC_DAEMON_SILENT || now - g->kicked < GC_PERIOD / 2)
+		sweep_tables(&s);
+	bpf_timer_start(&g->timer, GC_PERIOD, 0);
+	return 0;
+}
+
+/* Arms the timer and has it call this load's gc_fire, whoever armed it before. */
+static __always_inline void gc_arm(void)
+{
+	__u32 zero = 0;
+	struct gc *g = bpf_map_lookup_elem(&gc, &zero);
+
+	if (!g)
+		return;
+	g->called = bpf_ktime_get_ns();
+	if (!g->armed) {
+		bpf_timer_init(&g->timer, &gc, 1 /* CLOCK_MONOTONIC */);
+		g->armed = 1;
+	}
+	bpf_timer_set_callback(&g->timer, gc_fire);
+	bpf_timer_start(&g->timer, GC_PERIOD, 0);
+}

@@ -1,0 +1,394 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * Stage 4, policy: who a packet is from, where it may go, and the plan of its flow. Only packets
+ * that found no flow come here.
+ */
+#pragma once
+
+#include "nat.h"
+
+#ifndef BPF_FIB_LOOKUP_SKIP_NEIGH
+#define BPF_FIB_LOOKUP_SKIP_NEIGH (1U << 2)
+#endif
+#ifndef BPF_FIB_LOOKUP_SRC
+#define BPF_FIB_LOOKUP_SRC (1U << 4)
+#endif
+
+#define LO_IFINDEX 1 /* of every network namespace */
+#define SUBNET_BITS_MASK 0xffff
+
+static __always_inline struct endpoint *endpoint_get(__u32 slot)
+{
+	struct endpoint *ep = bpf_map_lookup_elem(&endpoint_slots, &slot);
+
+	return ep && ep->ifindex ? ep : NULL;
+}
+
+static __always_inline struct network *network_get(__u32 slot)
+{
+	return bpf_map_lookup_elem(&network_slots, &slot);
+}
+
+/* The endpoint that has the address: its slot, or 0. */
+static __always_inline __u32 endpoint_by_addr(const struct addr *a)
+{
+	__u32 *slot = bpf_map_lookup_elem(&endpoints, a);
+
+	return slot ? *slot : 0;
+}
+
+static __always_inline bool is_host_addr(const struct addr *a, const bool v6)
+{
+	return addr_is_loopback(a, v6) || bpf_map_lookup_elem(&host_addrs, a);
+}
+
+/* The container network that the address belongs to: its slot, or 0. */
+static __always_inline __u32 subnet_of(const struct addr *a)
+{
+	struct subnet_key k = { .prefixlen = 128, .addr = *a };
+	__u32 *net = bpf_map_lookup_elem(&subnets, &k);
+
+	return net ? *net : 0;
+}
+
+/* Whether the address may lie in a container subnet: no lookup beyond that of port_class. */
+static __always_inline bool maybe_in_subnet(const struct port_class *class, const struct addr *a,
+					    const bool v6)
+{
+	__u32 bit;
+
+	if (v6)
+		bit = (a->w[0] >> 16) ^ (a->w[0] & 0xffff);
+	else
+		bit = a->w[3];
+	bit &= SUBNET_BITS_MASK;
+	return class->subnets[bit >> 3] & (1 << (bit & 7));
+}
+
+static __always_inline bool may_talk(__u16 a, __u16 b)
+{
+	struct pair k = { .a = a < b ? a : b, .b = a < b ? b : a };
+
+	return bpf_map_lookup_elem(&pairs, &k);
+}
+
+static __always_inline __u8 port_bit(__u8 proto)
+{
+	switch (proto) {
+	case IPPROTO_TCP:
+		return PORT_TCP;
+	case IPPROTO_UDP:
+		return PORT_UDP;
+	case IPPROTO_SCTP:
+		return PORT_SCTP;
+	}
+	return 0;
+}
+
+/* The published port that the packet dials, of its own family: exact address first, then any. */
+static __always_inline struct port *port_find(const struct packet *p, const bool v6)
+{
+	struct port_key k = { .addr = p->daddr, .port = p->dport, .proto = p->proto };
+	struct port *port = bpf_map_lookup_elem(&ports, &k);
+
+	if (!port) {
+		k.addr.w[3] = 0;
+		if (v6) {
+			k.addr.w[0] = 0;
+			k.addr.w[1] = 0;
+			k.addr.w[2] = 0;
+		}
+		port = bpf_map_lookup_elem(&ports, &k);
+	}
+	if (port && addr_is_v4(&port->addr) == v6)
+		return NULL;
+	return port;
+}
+
+/*
+ * Whether only the engine's reservation socket can be behind the port: it was bound moments ago and
+ * the port is not published yet. The sender will try again.
+ */
+static __always_inline bool port_reserved(const struct packet *p, const struct config *cfg,
+					  const struct port_class *class)
+{
+	struct reservation_key k = { .port = p->dport, .proto = p->proto };
+	struct reservation *r;
+
+	if (!(class->engine[bpf_ntohs(p->dport)] & port_bit(p->proto)))
+		return false;
+	if (p->proto == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
+		return false;
+	r = bpf_map_lookup_elem(&reservations, &k);
+	return r && ticks() - (__u32)(r->bound >> 30) <= cfg->reservation_wait;
+}
+
+/* Whether the sandbox of ep has the address or is allowed it. */
+static __always_inline bool owns_address_of(const struct endpoint *ep, __u32 slot,
+					    const struct addr *a, const bool v6)
+{
+	struct source_key k = { .prefixlen = 160, .endpoint = slot, .addr = *a };
+	struct endpoint *other;
+
+	if (v6 ? addr_equal(a, &ep->addr6) : a->w[3] == ep->addr4)
+		return true;
+	if (addr_is_link_local(a, v6)) {
+		/* its EUI-64 address, RFC 4291 appendix A */
+		__u32 high = ((__u32)(ep->mac[0] ^ 2) << 24) | ((__u32)ep->mac[1] << 16) |
+			     ((__u32)ep->mac[2] << 8) | 0xff;
+		__u32 low = 0xfe000000 | ((__u32)ep->mac[3] << 16) | ((__u32)ep->mac[4] << 8) |
+			    ep->mac[5];
+
+		if (a->w[2] == bpf_htonl(high) && a->w[3] == bpf_htonl(low))
+			return true;
+	}
+	other = endpoint_get(endpoint_by_addr(a));
+	if (other && other->sandbox == ep->sandbox)
+		return true;
+	return bpf_map_lookup_elem(&allowed_sources, &k);
+}
+
+__noinline bool owns_address4(struct endpoint *ep, __u32 slot, struct addr *a)
+{
+	return ep && a && owns_address_of(ep, slot, a, false);
+}
+
+__noinline bool owns_address6(struct endpoint *ep, __u32 slot, struct addr *a)
+{
+	return ep && a && owns_address_of(ep, slot, a, true);
+}
+
+static __always_inline bool owns_address(struct endpoint *ep, __u32 slot, struct addr *a,
+					 const bool v6)
+{
+	return v6 ? owns_address6(ep, slot, a) : owns_address4(ep, slot, a);
+}
+
+/* Whether the sandbox of ep may send from the packet's source. 0 or -REASON. */
+static __always_inline int check_source(struct packet *p, struct endpoint *ep,
+					__u32 slot, const bool v6)
+{
+	if (addr_is_loopback(&p->saddr, v6))
+		return -REASON_LOOPBACK_ADDRESS;
+	if (addr_is_this_network(&p->saddr, v6)) {
+		/* DAD and MLD; DHCP (RFC 2131 4.1) */
+		if (v6 ? p->flags & PACKET_NEIGHBOUR :
+			 p->saddr.w[3] == 0 && p->proto == IPPROTO_UDP &&
+				 p->dport == bpf_htons(67) && p->daddr.w[3] == bpf_htonl(0xffffffff))
+			return 0;
+		return -REASON_LOOPBACK_ADDRESS;
+	}
+	return owns_address(ep, slot, &p->saddr, v6) ? 0 : -REASON_SPOOFED_ADDRESS;
+}
+
+enum route_result {
+	ROUTE_OK,
+	ROUTE_STACK, /* the stack has an answer: no route, prohibited, or it is the host's own */
+};
+
+/*
+ * The kernel's route of a packet that enters by a bridge: device, next hop, MTU, and the address to
+ * masquerade with. Reads s->route, writes the opening or the reverse half of s->plan.
+ */
+static __always_inline int route_of(struct __sk_buff *skb, struct scratch *s, const bool v6)
+{
+	struct route_query *q = &s->route;
+	struct bpf_fib_lookup fib = {};
+	struct plan *n = &s->plan;
+	bool stack_hop = false;
+	struct addr hop;
+	long err;
+
+	fib.ifindex = q->bridge;
+	fib.tot_len = 1; /* asks for the MTU */
+	if (v6) {
+		fib.family = 10; /* AF_INET6 */
+		__builtin_memcpy(fib.ipv6_src, &q->from, sizeof(fib.ipv6_src));
+		__builtin_memcpy(fib.ipv6_dst, &q->to, sizeof(fib.ipv6_dst));
+	} else {
+		fib.family = 2; /* AF_INET */
+		fib.ipv4_src = q->from.w[3];
+		fib.ipv4_dst = q->to.w[3];
+	}
+	err = bpf_fib_lookup(skb, &fib, sizeof(fib),
+			     BPF_FIB_LOOKUP_SKIP_NEIGH |
+				     (q->want_source ? BPF_FIB_LOOKUP_SRC : 0));
+	if (err != BPF_FIB_LKUP_RET_SUCCESS && err != BPF_FIB_LKUP_RET_NO_NEIGH)
+		return ROUTE_STACK;
+	if (v6) {
+		__builtin_memcpy(&hop, fib.ipv6_dst, sizeof(hop));
+		__builtin_memcpy(&q->source, fib.ipv6_src, sizeof(q->source));
+	} else {
+		stack_hop = fib.family != 2; /* IPv4 through an IPv6 hop, RFC 5549 */
+		addr_from_v4(&hop, fib.ipv4_dst);
+		addr_from_v4(&q->source, fib.ipv4_src);
+	}
+	if (q->reverse) {
+		n->reverse_ifindex = fib.ifindex;
+		n->reverse_nexthop = hop;
+		n->reverse_mtu = fib.mtu_result;
+		if (stack_hop)
+			n->reverse_flags |= FLOW_FIB;
+	} else {
+		n->ifindex = fib.ifindex;
+		n->nexthop = hop;
+		n->mtu = fib.mtu_result;
+		if (stack_hop)
+			n->flags |= FLOW_FIB;
+	}
+	return ROUTE_OK;
+}
+
+__noinline int route4(struct __sk_buff *skb, struct scratch *s)
+{
+	return s ? route_of(skb, s, false) : ROUTE_STACK;
+}
+
+__noinline int route6(struct __sk_buff *skb, struct scratch *s)
+{
+	return s ? route_of(skb, s, true) : ROUTE_STACK;
+}
+
+static __always_inline int route(struct __sk_buff *skb, struct scratch *s, const bool v6)
+{
+	return v6 ? route6(skb, s) : route4(skb, s);
+}
+
+/* The opening half towards a container. */
+static __always_inline void plan_to_container(struct plan *n, __u32 slot, const struct endpoint *ep,
+					      const __u8 *smac)
+{
+	n->ifindex = ep->ifindex;
+	n->peer = slot;
+	__builtin_memcpy(n->dmac, ep->mac, 6);
+	__builtin_memcpy(n->smac, smac, 6);
+}
+
+/* The reverse half back into the container that opened. */
+static __always_inline void plan_back_to_container(struct plan *n, __u32 slot,
+						   const struct endpoint *ep, const __u8 *smac)
+{
+	n->reverse_hook = HOOK_CONTAINER;
+	n->reverse_ifindex = ep->ifindex;
+	n->endpoint = slot;
+	__builtin_memcpy(n->reverse_dmac, ep->mac, 6);
+	__builtin_memcpy(n->reverse_smac, smac, 6);
+}
+
+static __always_inline void plan_start(struct plan *n, const struct packet *p)
+{
+	__builtin_memset(n, 0, sizeof(*n));
+	n->saddr = p->saddr;
+	n->daddr = p->daddr;
+	n->sport = p->sport;
+	n->dport = p->dport;
+}
+
+/*
+ * A flow to a published port. ep and slot are the sender's where it is a container. 0 or -REASON.
+ */
+static __always_inline int plan_published(struct __sk_buff *skb, struct scratch *s,
+					  const struct port *port, __u32 slot,
+					  const struct endpoint *ep, const bool v6)
+{
+	const struct packet *p = &s->packet;
+	struct plan *n = &s->plan;
+	__u32 target_slot = port->endpoint;
+	struct endpoint *target = endpoint_get(target_slot);
+	struct network *net, *own;
+
+	if (!target || !(target->flags & ENDPOINT_READY))
+		return -REASON_PORT_NOT_READY;
+	net = network_get(target->net);
+	if (!net)
+		return -REASON_PORT_NOT_READY;
+	if (p->proto == IPPROTO_SCTP && port->port != p->dport)
+		return -REASON_UNSUPPORTED;
+	if (p->tcp_flags & TCP_RST)
+		return -REASON_NO_FLOW;
+	plan_start(n, p);
+	n->daddr = port->addr;
+	n->dport = port->port;
+	n->port = port->slot;
+	plan_to_container(n, target_slot, target, net->mac);
+	if (ep) {
+		own = network_get(ep->net);
+		if (!own)
+			return -REASON_NOT_READY;
+		n->flags |= FLOW_ROUTED;
+		n->reverse_flags |= FLOW_ROUTED;
+		plan_back_to_container(n, slot, ep, own->mac);
+		if (ep->sandbox == target->sandbox) {
+			/* It would not take its own address for a caller's. */
+			if (v6)
+				n->saddr = net->gateway6;
+			else
+				addr_from_v4(&n->saddr, net->gateway4);
+			n->flags |= FLOW_SNAT;
+		}
+	} else if (p->hook == HOOK_HOST) {
+		n->reverse_hook = HOOK_HOST;
+		n->reverse_ifindex = LO_IFINDEX;
+		if (addr_is_loopback(&p->saddr, v6)) {
+			if (v6)
+				n->saddr = net->gateway6;
+			else
+				addr_from_v4(&n->saddr, net->gateway4);
+			n->flags |= FLOW_SNAT;
+		}
+	} else {
+		n->flags |= FLOW_ROUTED;
+		n->reverse_hook = HOOK_UPLINK;
+		n->reverse_flags |= FLOW_ROUTED;
+		s->route.from = p->daddr;
+		s->route.to = p->saddr;
+		s->route.bridge = net->ifindex;
+		s->route.want_source = false;
+		s->route.reverse = true;
+		if (route(skb, s, v6) != ROUTE_OK)
+			return -REASON_NO_ROUTE;
+	}
+	return 0;
+}
+
+/*
+ * A flow between two containers by their own addresses; the policy has allowed it. l2: they share
+ * the link and see each other's MAC.
+ */
+static __always_inline int plan_between(struct scratch *s, __u32 slot, const struct endpoint *ep,
+					const struct network *net, __u32 peer_slot,
+					const struct endpoint *peer, bool l2)
+{
+	const struct packet *p = &s->packet;
+	struct plan *n = &s->plan;
+
+	plan_start(n, p);
+	if (l2) {
+		plan_to_container(n, peer_slot, peer, ep->mac);
+		plan_back_to_container(n, slot, ep, peer->mac);
+	} else {
+		struct network *peer_net = network_get(peer->net);
+
+		if (!peer_net)
+			return -REASON_NOT_READY;
+		n->flags |= FLOW_ROUTED;
+		n->reverse_flags |= FLOW_ROUTED;
+		plan_to_container(n, peer_slot, peer, peer_net->mac);
+		plan_back_to_container(n, slot, ep, net->mac);
+	}
+	return 0;
+}
+
+/* Whether two containers' networks let them talk by their own addresses. 0 or -REASON. */
+static __always_inline int check_isolation(const struct endpoint *a, const struct network *net_a,
+					   const struct endpoint *b)
+{
+	struct network *net_b;
+
+	if (a->net == b->net)
+		return net_a->flags & NETWORK_NO_ICC && a != b ? -REASON_ICC_DISABLED : 0;
+	net_b = network_get(b->net);
+	if (!net_b || (net_a->flags | net_b->flags) & NETWORK_INTERNAL)
+		return -REASON_INTERNAL;
+	return may_talk(a->net, b->net) ? 0 : -REASON_ISOLATED;
+}

@@ -1,0 +1,199 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * An uplink, where the world comes in, and lo, where the host's own sockets come in that the sock
+ * programs left alone (bound to a loopback address, raw, or outside the cgroup). Host traffic that is
+ * none of ours pays one array lookup.
+ */
+#pragma once
+
+#include "forward.h"
+#include "fragment.h"
+
+/* What found no flow. A verdict. */
+static __always_inline int uplink_slow(struct __sk_buff *skb, struct scratch *s, const bool v6)
+{
+	struct packet *p = &s->packet;
+	__u32 zero = 0;
+	struct port_class *class = bpf_map_lookup_elem(&port_class, &zero);
+	struct config *cfg = config_get();
+	struct port *port = NULL;
+	int err;
+
+	if (!class || !cfg)
+		return PASS;
+	if (p->flags & PACKET_ICMP_ERROR && !parse_quoted(skb, s, v6) &&
+	    quoted_flow(s, p->hook, v6))
+		return VERDICT_ERROR;
+	if (!is_host_addr(&p->daddr, v6)) {
+		/* A container's address, its gateway apart, is nobody's business outside. */
+		if (p->hook == HOOK_UPLINK && subnet_of(&p->daddr))
+			return drop(skb, p->hook, REASON_DIRECT_ACCESS);
+		return PASS;
+	}
+	if (p->flags & (PACKET_ICMP_ERROR | PACKET_PORTS_LOST))
+		return PASS;
+	if (class->ports[bpf_ntohs(p->dport)] & port_bit(p->proto))
+		port = port_find(p, v6);
+	if (!port && !port_reserved(p, cfg, class))
+		return PASS;
+	if (p->hook == HOOK_UPLINK) {
+		if (addr_is_loopback(&p->daddr, v6) || addr_is_loopback(&p->saddr, v6) ||
+		    addr_is_this_network(&p->saddr, v6))
+			return drop(skb, p->hook, REASON_LOOPBACK_ADDRESS);
+		if (bpf_map_lookup_elem(&host_addrs, &p->saddr) || subnet_of(&p->saddr))
+			return drop(skb, p->hook, REASON_MARTIAN);
+	}
+	if (!port)
+		return drop(skb, p->hook, REASON_PORT_NOT_READY);
+	err = plan_published(skb, s, port, 0, NULL, v6);
+	if (err) {
+		__u32 key = port->slot;
+		struct port_count *c = bpf_map_lookup_elem(&port_stats, &key);
+
+		if (c && err == -REASON_PORT_NOT_READY)
+			c->not_ready++;
+		return drop(skb, p->hook, -err);
+	}
+	return VERDICT_OPEN;
+}
+
+__noinline int uplink_slow4(struct __sk_buff *skb, struct scratch *s)
+{
+	return s ? uplink_slow(skb, s, false) : TC_ACT_SHOT;
+}
+
+__noinline int uplink_slow6(struct __sk_buff *skb, struct scratch *s)
+{
+	return s ? uplink_slow(skb, s, true) : TC_ACT_SHOT;
+}
+
+static __always_inline int uplink_ip(struct __sk_buff *skb, struct scratch *s, const bool v6)
+{
+	struct packet *p = &s->packet;
+	__u32 zero = 0;
+	struct port_class *class = bpf_map_lookup_elem(&port_class, &zero);
+	struct config *cfg;
+	bool subnet;
+	__u8 bits;
+	__u16 dport;
+	struct flow *f;
+
+	/* What is cut short or absurd is the stack's to refuse: it is not ours until it matches. */
+	if (!class || parse_ip(skb, p, v6) < 0)
+		return PASS;
+	subnet = p->hook == HOOK_UPLINK && maybe_in_subnet(class, &p->daddr, v6);
+	dport = bpf_ntohs(p->dport);
+	bits = class->ports[dport];
+	if (!subnet && !(p->flags & PACKET_FRAGMENT) &&
+	    (p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP) &&
+	    !((bits | class->engine[dport]) & (port_bit(p->proto) | PORT_SNAT)))
+		return PASS;
+	if (p->flags & PACKET_NEIGHBOUR)
+		return PASS;
+	if (p->flags & PACKET_FRAGMENT)
+		p->flags |= fragment_ports(skb, s);
+	if (!(p->flags & (PACKET_ICMP_ERROR | PACKET_PORTS_LOST))) {
+		f = flow_find(p, p->hook, v6);
+		if (f) {
+			cfg = config_get();
+			if (cfg && f->generation != (__u16)cfg->generation)
+				f->generation = cfg->generation;
+			if (p->tcp_flags & (TCP_SYN | TCP_FIN))
+				flow_tcp_turn(p, f, v6);
+			return forward(skb, p, f, false, v6);
+		}
+	}
+	return conclude(skb, s, v6 ? uplink_slow6(skb, s) : uplink_slow4(skb, s), v6);
+}
+
+static __always_inline int from_uplink_frame(struct __sk_buff *skb, __u8 hook, const bool ethernet)
+{
+	__be16 proto = skb->protocol;
+	struct scratch *s;
+
+	if (skb->mark == MARK_JUDGED && hook == HOOK_HOST) {
+		skb->mark = 0;
+		return PASS;
+	}
+	if (skb->pkt_type != PACKET_HOST || skb->vlan_present)
+		return PASS;
+	s = scratch_start(hook);
+	if (!s)
+		return PASS;
+	if (ethernet)
+		proto = parse_ethernet(skb, &s->packet);
+	if (proto == bpf_htons(ETH_P_IP))
+		return uplink_ip(skb, s, false);
+	if (proto == bpf_htons(ETH_P_IPV6))
+		return uplink_ip(skb, s, true);
+	return PASS;
+}
+
+/*
+ * An error that the stack answered about a packet which it saw translated gets the addresses back
+ * that its receiver knows. 0, or it is spoiled.
+ */
+static __always_inline int restore_error_of(struct __sk_buff *skb, struct scratch *s, const bool v6)
+{
+	struct packet *p = &s->packet;
+	struct flow *f;
+
+	if (parse_ip(skb, p, v6) < 0 || !(p->flags & PACKET_ICMP_ERROR) || parse_quoted(skb, s, v6))
+		return 0;
+	f = quoted_flow(s, HOOK_CONTAINER, v6);
+	if (f && f->flags & FLOW_NAT && flow_out(f) == HOOK_UPLINK)
+		return icmp_rewrite(skb, s, f, false, v6);
+	return 0;
+}
+
+__noinline int restore_error4(struct __sk_buff *skb, struct scratch *s)
+{
+	return s ? restore_error_of(skb, s, false) : 0;
+}
+
+__noinline int restore_error6(struct __sk_buff *skb, struct scratch *s)
+{
+	return s ? restore_error_of(skb, s, true) : 0;
+}
+
+static __always_inline int to_uplink_frame(struct __sk_buff *skb, const bool ethernet)
+{
+	__be16 proto = skb->protocol;
+	__u32 l3 = ethernet ? sizeof(struct ethhdr) : 0, in = skb->ingress_ifindex;
+	struct config *cfg;
+	struct scratch *s;
+	int err = 0;
+
+	if (skb->mark == MARK_JUDGED) {
+		skb->mark = 0;
+		return PASS;
+	}
+	if (proto != bpf_htons(ETH_P_IP) && proto != bpf_htons(ETH_P_IPV6))
+		return PASS;
+	if (in && in != LO_IFINDEX) {
+		cfg = config_get();
+		if (cfg && cfg->flags & CONFIG_DROP_TRANSIT)
+			return drop(skb, HOOK_TO_UPLINK, REASON_TRANSIT);
+		return PASS;
+	}
+	if (proto == bpf_htons(ETH_P_IP)) {
+		struct iphdr *ip = header(skb, l3, sizeof(*ip));
+
+		if (!ip || ip->protocol != IPPROTO_ICMP)
+			return PASS;
+	} else {
+		struct ipv6hdr *ip = header(skb, l3, sizeof(*ip));
+
+		if (!ip || ip->nexthdr != IPPROTO_ICMPV6)
+			return PASS;
+	}
+	s = scratch_start(HOOK_TO_UPLINK);
+	if (!s)
+		return PASS;
+	s->packet.l3 = l3;
+	if (proto == bpf_htons(ETH_P_IP))
+		err = restore_error4(skb, s);
+	else
+		err = restore_error6(skb, s);
+	return err ? drop(skb, HOOK_TO_UPLINK, REASON_MALFORMED) : PASS;
+}

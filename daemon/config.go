@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package daemon runs bpfnet: sources of state, the reconciler that fills the maps, links, expiry and
+// the api server, as tasks under one errgroup. Packets never wait for it.
+package daemon
+
+import (
+	"io"
+	"log/slog"
+	"time"
+)
+
+// Paths are where an instance lives; several live beside each other with different ones.
+type Paths struct {
+	State  string // directory of the store and the snapshot
+	Socket string // unix socket of the api
+	BPFFS  string // directory below a bpffs mount, for pins
+	Cgroup string // cgroup2 directory where the sock programs attach
+}
+
+// Config is a daemon's configuration. Everything but Paths has a usable zero value.
+type Config struct {
+	Paths
+
+	Docker  string   // "unix:///run/docker.sock", or "off"
+	Uplinks []string // device names; empty: found by itself
+	Attach  string   // "", "tcx" or "clsact"; empty: tcx where the kernel has it
+
+	// Flows is the number of flows that the tables hold, rounded up to a power of two; 0: by memory.
+	Flows int
+	// Timeouts overrides idle times by name: see TimeoutNames.
+	Timeouts map[string]time.Duration
+	// IPForwardNoDrop lets transit between foreign devices pass where bpfnet turned forwarding on.
+	IPForwardNoDrop bool
+	// DefaultBridgeNoMasquerade and DefaultBridgeNoICC are the settings of Docker's network
+	// "bridge", whose own labels say nothing while iptables is off.
+	DefaultBridgeNoMasquerade bool
+	DefaultBridgeNoICC        bool
+
+	Version string
+	Logger  *slog.Logger
+	// Banner is written once when the daemon serves: what it attached to and what to type next.
+	// Optional.
+	Banner io.Writer
+}
