@@ -22,7 +22,7 @@ type DatapathConfig struct {
 	_           structs.HostLayout
 	NetnsCookie uint64
 	Generation  uint32
-	Flags       uint32
+	Flags       DatapathConfigFlags
 	MaxFlows    [2]uint32
 	Snat        [2]struct {
 		_     structs.HostLayout
@@ -45,6 +45,12 @@ type DatapathConfig struct {
 	}
 }
 
+type DatapathConfigFlags uint32
+
+const (
+	DatapathConfigFlagsCONFIG_DROP_TRANSIT DatapathConfigFlags = 1
+)
+
 type DatapathCount struct {
 	_       structs.HostLayout
 	Packets uint64
@@ -56,7 +62,7 @@ type DatapathEndpoint struct {
 	Ifindex uint32
 	Sandbox uint32
 	Net     uint16
-	Flags   uint8
+	Flags   DatapathEndpointFlags
 	Pad     uint8
 	Mac     [6]uint8
 	Pad2    [2]uint8
@@ -70,6 +76,12 @@ type DatapathEndpointCount struct {
 	Tx   DatapathCount
 	Drop DatapathCount
 }
+
+type DatapathEndpointFlags uint8
+
+const (
+	DatapathEndpointFlagsENDPOINT_READY DatapathEndpointFlags = 1
+)
 
 type DatapathExpireArgs struct {
 	_       structs.HostLayout
@@ -105,7 +117,7 @@ type DatapathFlow4 struct {
 		Port       uint16
 		Mtu        uint16
 		TcpFlags   uint8
-		Flags      uint8
+		Flags      DatapathFlowFlags
 		Dmac       [6]uint8
 		Smac       [6]uint8
 	}
@@ -120,7 +132,7 @@ type DatapathFlow4Key struct {
 	Sport uint16
 	Dport uint16
 	Proto uint8
-	Hook  uint8
+	Hook  DatapathHook
 	Pad   uint16
 }
 
@@ -141,7 +153,7 @@ type DatapathFlow6 struct {
 		Port       uint16
 		Mtu        uint16
 		TcpFlags   uint8
-		Flags      uint8
+		Flags      DatapathFlowFlags
 		Dmac       [6]uint8
 		Smac       [6]uint8
 	}
@@ -160,6 +172,18 @@ type DatapathFlow6Key struct {
 	Hook  uint8
 	Pad   uint16
 }
+
+type DatapathFlowFlags uint8
+
+const (
+	DatapathFlowFlagsFLOW_OUT_MASK     DatapathFlowFlags = 3
+	DatapathFlowFlagsFLOW_NAT          DatapathFlowFlags = 4
+	DatapathFlowFlagsFLOW_ROUTED       DatapathFlowFlags = 8
+	DatapathFlowFlagsFLOW_SNAT         DatapathFlowFlags = 16
+	DatapathFlowFlagsFLOW_CLOSED_FIRST DatapathFlowFlags = 32
+	DatapathFlowFlagsFLOW_ORIGIN       DatapathFlowFlags = 64
+	DatapathFlowFlagsFLOW_FIB          DatapathFlowFlags = 128
+)
 
 type DatapathFlowGauge struct {
 	_       structs.HostLayout
@@ -194,6 +218,19 @@ type DatapathGc struct {
 	Armed  uint64
 }
 
+type DatapathHook uint8
+
+const (
+	DatapathHookHOOK_NONE         DatapathHook = 0
+	DatapathHookHOOK_CONTAINER    DatapathHook = 1
+	DatapathHookHOOK_UPLINK       DatapathHook = 2
+	DatapathHookHOOK_HOST         DatapathHook = 3
+	DatapathHookHOOK_TO_CONTAINER DatapathHook = 4
+	DatapathHookHOOK_TO_UPLINK    DatapathHook = 5
+	DatapathHookHOOK_BRIDGE       DatapathHook = 6
+	DatapathHookHOOK_COUNT        DatapathHook = 7
+)
+
 type DatapathHostAddr struct {
 	_       structs.HostLayout
 	Ifindex uint32
@@ -203,13 +240,21 @@ type DatapathNetwork struct {
 	_        structs.HostLayout
 	Ifindex  uint32
 	Mac      [6]uint8
-	Flags    uint8
+	Flags    DatapathNetworkFlags
 	Pad      uint8
 	Mtu      uint16
 	Pad2     [2]uint8
 	Gateway4 uint32
 	Gateway6 DatapathAddr
 }
+
+type DatapathNetworkFlags uint8
+
+const (
+	DatapathNetworkFlagsNETWORK_NO_ICC     DatapathNetworkFlags = 1
+	DatapathNetworkFlagsNETWORK_MASQUERADE DatapathNetworkFlags = 2
+	DatapathNetworkFlagsNETWORK_INTERNAL   DatapathNetworkFlags = 4
+)
 
 type DatapathPair struct {
 	_ structs.HostLayout
@@ -226,10 +271,19 @@ type DatapathPort struct {
 	Pad      uint16
 }
 
+type DatapathPortBits uint8
+
+const (
+	DatapathPortBitsPORT_TCP  DatapathPortBits = 1
+	DatapathPortBitsPORT_UDP  DatapathPortBits = 2
+	DatapathPortBitsPORT_SCTP DatapathPortBits = 4
+	DatapathPortBitsPORT_SNAT DatapathPortBits = 8
+)
+
 type DatapathPortClass struct {
 	_       structs.HostLayout
-	Ports   [65536]uint8
-	Engine  [65536]uint8
+	Ports   [65536]DatapathPortBits
+	Engine  [65536]DatapathPortBits
 	Subnets [8192]uint8
 }
 
@@ -312,7 +366,7 @@ type DatapathScratch struct {
 		L3       uint16
 		L4       uint16
 		Proto    uint8
-		Hook     uint8
+		Hook     DatapathHook
 		Flags    uint8
 		TcpFlags uint8
 		Ttl      uint8
@@ -379,7 +433,7 @@ type DatapathScratch struct {
 			L3       uint16
 			L4       uint16
 			Proto    uint8
-			Hook     uint8
+			Hook     DatapathHook
 			Flags    uint8
 			TcpFlags uint8
 			Ttl      uint8
