@@ -48,7 +48,8 @@ type DatapathConfig struct {
 type DatapathConfigFlags uint32
 
 const (
-	DatapathConfigFlagsCONFIG_DROP_TRANSIT DatapathConfigFlags = 1
+	DatapathConfigFlagsCONFIG_DROP_TRANSIT4 DatapathConfigFlags = 1
+	DatapathConfigFlagsCONFIG_DROP_TRANSIT6 DatapathConfigFlags = 2
 )
 
 type DatapathCount struct {

@@ -38,7 +38,15 @@ static __always_inline bool port_gone(__u32 slot)
 
 static __always_inline bool flow_orphaned(const struct flow *f)
 {
-	return slot_gone(f->endpoint) || slot_gone(f->peer) || port_gone(f->port);
+	__u32 slot = f->peer;
+	struct endpoint *peer;
+
+	if (slot_gone(f->endpoint) || slot_gone(slot) || port_gone(f->port))
+		return true;
+	if (flow_out(f) != HOOK_CONTAINER)
+		return false;
+	peer = bpf_map_lookup_elem(&endpoint_slots, &slot);
+	return peer && peer->ifindex != f->ifindex; /* it came back on another interface */
 }
 
 static long sweep_flow4(void *map __attribute__((unused)), struct flow4_key *key,

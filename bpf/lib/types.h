@@ -184,7 +184,8 @@ struct port_range {
 };
 
 enum config_flags {
-	CONFIG_DROP_TRANSIT = 1,
+	CONFIG_DROP_TRANSIT4 = 1, /* IPv4 forwarding is on only for us */
+	CONFIG_DROP_TRANSIT6 = 2,
 };
 
 /* Ticks of 2^30 ns (1.07 s). */

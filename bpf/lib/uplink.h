@@ -172,7 +172,8 @@ static __always_inline int to_uplink_frame(struct __sk_buff *skb, const bool eth
 		return PASS;
 	if (in && in != LO_IFINDEX) {
 		cfg = config_get();
-		if (cfg && cfg->flags & CONFIG_DROP_TRANSIT)
+		if (cfg && cfg->flags & (proto == bpf_htons(ETH_P_IP) ? CONFIG_DROP_TRANSIT4 :
+									CONFIG_DROP_TRANSIT6))
 			return drop(skb, HOOK_TO_UPLINK, REASON_TRANSIT);
 		return PASS;
 	}

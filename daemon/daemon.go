@@ -1,0 +1,630 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	systemd "github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/bpfnet/bpfnet/api"
+	"github.com/bpfnet/bpfnet/docker"
+	"github.com/bpfnet/bpfnet/loader"
+	bpfmaps "github.com/bpfnet/bpfnet/maps"
+	"github.com/bpfnet/bpfnet/netdev"
+	"github.com/bpfnet/bpfnet/policy"
+	"github.com/bpfnet/bpfnet/store"
+)
+
+const (
+	// resyncEvery is how often maps, devices and sysctls are read back, whatever was announced.
+	resyncEvery = time.Minute
+	// settle is how long news is collected before the tables are compiled: one `docker run` makes
+	// a handful of events.
+	settle = 2 * time.Millisecond
+	// sourceWait is how long readiness waits for the engine's first full state.
+	sourceWait = 5 * time.Second
+	// reservationWait is how long an engine's bare reservation socket is kept from the world.
+	reservationWait = 10 * time.Second
+	loIfindex       = 1
+)
+
+// Daemon is one running instance.
+type Daemon struct {
+	cfg     Config
+	log     *slog.Logger
+	started time.Time
+
+	store    *store.Store
+	devices  *netdev.Devices
+	loader   *loader.Loader
+	writer   *bpfmaps.Writer
+	docker   *docker.Source // nil: off
+	timeouts map[string]time.Duration
+	cookie   uint64
+	seed     uint32
+
+	kick chan struct{}
+
+	mu       sync.Mutex // of what follows: handed to the reconciler by others
+	state    policy.State
+	reported bool // the engine has reported its full state
+	bridges  map[string]bool
+	resync   bool
+	renew    bool
+
+	// Of the reconciler alone.
+	slots    policy.Slots
+	tables   policy.Tables
+	attached map[int]bool
+	seen     policy.Devices
+	changes  []netdev.Change
+	problem  string // of the last round, so that it is logged once
+	snapshot *api.Snapshot
+}
+
+// Run runs the daemon until ctx ends. The network runs on afterwards. An error before it serves means
+// that nothing was changed.
+func Run(ctx context.Context, cfg Config) error {
+	d, err := open(cfg)
+	if err != nil {
+		return err
+	}
+	defer d.close()
+	return d.run(ctx)
+}
+
+// open checks everything that can be wrong before anything is changed.
+func open(cfg Config) (d *Daemon, err error) {
+	d = &Daemon{
+		cfg: cfg, log: cfg.Logger, started: time.Now(), kick: make(chan struct{}, 1),
+		bridges: make(map[string]bool), attached: make(map[int]bool),
+	}
+	if d.log == nil {
+		d.log = slog.New(slog.DiscardHandler)
+	}
+	defer func() {
+		if err != nil {
+			d.close()
+		}
+	}()
+	if d.timeouts, err = cfg.timeouts(); err != nil {
+		return nil, err
+	}
+	if cfg.Docker != "off" {
+		d.docker, err = docker.New(docker.Options{
+			Host: cfg.Docker, Logger: d.log,
+			DefaultBridge: docker.DefaultBridgeSettings{
+				NoMasquerade: cfg.DefaultBridgeNoMasquerade, NoICC: cfg.DefaultBridgeNoICC,
+			},
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	if d.devices, err = netdev.Open(netdev.Options{Uplinks: cfg.Uplinks}); err != nil {
+		return nil, err
+	}
+	if d.cookie, err = netdev.NetnsCookie(); err != nil {
+		return nil, fmt.Errorf("read the namespace's cookie: %w (needs Linux 5.14 or later)", err)
+	}
+	if d.store, err = store.Open(cfg.State); err != nil {
+		return nil, err
+	}
+	if err := d.remember(); err != nil {
+		return nil, err
+	}
+	d.loader, err = loader.Load(loader.Options{
+		Paths: loader.Paths{BPFFS: cfg.BPFFS, Cgroup: cfg.Cgroup}, Attach: cfg.Attach, Flows: cfg.Flows,
+		Classifier: netdev.Clsact{},
+	})
+	if err != nil {
+		return nil, err
+	}
+	if d.writer, err = bpfmaps.NewWriter(d.loader.Maps()); err != nil {
+		return nil, err
+	}
+	if d.seed = d.writer.HashSeed(); d.seed == 0 {
+		d.seed = rand.Uint32()
+	}
+	return d, nil
+}
+
+// remember takes up what an earlier run left in the store.
+func (d *Daemon) remember() error {
+	slots, err := d.store.Slots()
+	if err != nil {
+		return err
+	}
+	d.slots = policy.Slots(slots)
+	if d.docker != nil {
+		if d.state, _, err = d.store.State(policy.SourceDocker); err != nil {
+			return err
+		}
+	}
+	saved, err := d.store.Sysctls()
+	if err != nil {
+		return err
+	}
+	for _, c := range saved {
+		d.changes = append(d.changes, netdev.Change(c))
+	}
+	return nil
+}
+
+func (d *Daemon) close() {
+	if d.loader != nil {
+		d.loader.Close()
+	}
+	if d.devices != nil {
+		d.devices.Close()
+	}
+	if d.store != nil {
+		if err := d.store.Close(); err != nil {
+			d.log.Error("close the store", "err", err)
+		}
+	}
+}
+
+func (d *Daemon) run(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	events, err := d.devices.Watch(ctx)
+	if err != nil {
+		return err
+	}
+	// Links that an earlier run pinned guard their devices already.
+	pinned, err := d.loader.Pinned()
+	if err != nil {
+		return err
+	}
+	for _, a := range pinned {
+		if a.Program == loader.FromContainer {
+			d.attached[a.Ifindex] = true
+		}
+	}
+	if err := d.reconcile(); err != nil {
+		return fmt.Errorf("first round: %w", err)
+	}
+	if err := d.loader.AttachCgroup(); err != nil {
+		return err
+	}
+	if _, err := d.loader.Expire(); err != nil {
+		return err
+	}
+	server, err := api.Listen(d.cfg.Socket, d)
+	if err != nil {
+		return err
+	}
+	group.Go(func() error { return server.Serve(ctx) })
+	group.Go(func() error { return d.watch(ctx, events) })
+	group.Go(func() error { return d.reconcileLoop(ctx) })
+	group.Go(func() error { return d.expireLoop(ctx) })
+	if d.docker != nil {
+		group.Go(func() error { return d.docker.Run(ctx, d.update) })
+	}
+	group.Go(func() error { return d.announce(ctx) })
+	return group.Wait()
+}
+
+// announce tells systemd and the user when the daemon serves: at once without an engine, else when
+// its first state is in the maps.
+func (d *Daemon) announce(ctx context.Context) error {
+	if d.docker != nil {
+		timer := time.NewTimer(sourceWait)
+		defer timer.Stop()
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-timer.C:
+			d.log.Warn("serving without the engine's state for now", "docker", d.docker.Status().LastError)
+		case <-d.docker.Ready():
+			if err := d.Flush(ctx); err != nil {
+				return nil //nolint:nilerr // the context ended
+			}
+		}
+	}
+	d.mu.Lock()
+	snap := d.snapshot
+	d.mu.Unlock()
+	if d.cfg.Banner != nil {
+		writeBanner(d.cfg.Banner, d.cfg, snap)
+	}
+	if _, err := systemd.SdNotify(false, systemd.SdNotifyReady); err != nil {
+		d.log.Warn("notify systemd", "err", err)
+	}
+	return nil
+}
+
+// update takes a source's full state.
+func (d *Daemon) update(s policy.State) {
+	d.mu.Lock()
+	d.state, d.reported = s, true
+	d.mu.Unlock()
+	d.wake()
+}
+
+func (d *Daemon) wake() {
+	select {
+	case d.kick <- struct{}{}:
+	default:
+	}
+}
+
+// watch turns the kernel's news into work. A new port of a served bridge is guarded here and now:
+// everything else can wait for the next round.
+func (d *Daemon) watch(ctx context.Context, events <-chan netdev.Event) error {
+	for ev := range events {
+		d.mu.Lock()
+		served := d.bridges[ev.MasterName]
+		switch ev.Kind {
+		case netdev.Resync:
+			d.resync = true
+		case netdev.RouteChanged:
+			d.renew = true
+		}
+		d.mu.Unlock()
+		switch ev.Kind {
+		case netdev.NeighChanged:
+			continue // next hops are the kernel's to resolve
+		case netdev.PortChanged:
+			if served && !ev.Gone {
+				for _, program := range []string{loader.FromContainer, loader.ToContainer} {
+					if err := d.loader.Attach(program, ev.Ifindex); err != nil {
+						d.log.Debug("guard a new port", "device", ev.Name, "err", err)
+					}
+				}
+			}
+			if served && d.docker != nil {
+				d.docker.Refresh(ev.MasterName)
+			}
+		}
+		d.wake()
+	}
+	if ctx.Err() == nil {
+		return errors.New("the kernel's news about devices ended")
+	}
+	return nil
+}
+
+func (d *Daemon) reconcileLoop(ctx context.Context) error {
+	tick := time.NewTicker(resyncEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+			d.mu.Lock()
+			d.resync = true
+			d.mu.Unlock()
+		case <-d.kick:
+			timer := time.NewTimer(settle)
+			select {
+			case <-ctx.Done():
+				timer.Stop()
+				return nil
+			case <-timer.C:
+			}
+		}
+		err := d.reconcile()
+		if text := fmt.Sprint(err); err != nil && text != d.problem {
+			d.log.Error("reconcile; it goes on with the next round", "err", err)
+			d.problem = text
+		} else if err == nil {
+			d.problem = ""
+		}
+		if err != nil {
+			d.mu.Lock()
+			d.resync = true
+			d.mu.Unlock()
+		}
+	}
+}
+
+// expireLoop ages the flows: as often as the shortest timeout needs, and at least every ten seconds.
+func (d *Daemon) expireLoop(ctx context.Context) error {
+	every := 10 * time.Second
+	for _, t := range d.timeouts {
+		every = min(every, max(t/2, time.Second))
+	}
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+			if _, err := d.loader.Expire(); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// reconcile brings devices and maps to what the sources say. Level-triggered and idempotent.
+func (d *Daemon) reconcile() error {
+	d.mu.Lock()
+	state, reported, resync, renew := d.state, d.reported || d.docker == nil, d.resync, d.renew
+	d.resync, d.renew = false, false
+	served := make(map[string]bool)
+	for _, n := range state.Networks {
+		served[n.Bridge] = true
+	}
+	d.bridges = served
+	d.mu.Unlock()
+
+	var errs []error
+	if resync {
+		errs = append(errs, d.writer.Resync())
+	}
+	devices, err := d.devices.Snapshot(served)
+	if err != nil {
+		return err
+	}
+	d.seen = devices
+	settings, err := d.settings(devices)
+	errs = append(errs, err)
+	pairs, err := d.store.Allowed()
+	errs = append(errs, err)
+	in := policy.Intents{State: state, Devices: devices, Attached: d.attached}
+	for _, p := range pairs {
+		in.Allowed = append(in.Allowed, [2]string{p.A, p.B})
+	}
+
+	// First the maps, as far as the guards stand; then the guards; then what they make possible.
+	errs = append(errs, d.apply(in, settings))
+	changed, err := d.attach(devices, served, reported)
+	errs = append(errs, err)
+	if changed {
+		errs = append(errs, d.apply(in, settings))
+	} else if renew {
+		errs = append(errs, d.writer.Renew())
+	}
+	errs = append(errs, d.writeSnapshot(state))
+	return errors.Join(errs...)
+}
+
+// apply compiles and writes. Slots are remembered before they are used, so that a crash in between
+// cannot have two things share one.
+func (d *Daemon) apply(in policy.Intents, settings bpfmaps.Settings) error {
+	tables, slots := policy.Compile(in, d.slots)
+	d.tables = tables
+	if !slotsEqual(slots, d.slots) {
+		if err := d.store.SetSlots(store.Slots(slots)); err != nil {
+			return err
+		}
+		if err := d.store.SetState(policy.SourceDocker, in.State); err != nil {
+			return err
+		}
+	}
+	res, err := d.writer.Apply(tables, settings)
+	if err != nil {
+		return err
+	}
+	if res.Removed {
+		if _, err := d.loader.Purge(); err != nil {
+			return err
+		}
+	}
+	d.slots = slots
+	return nil
+}
+
+func slotsEqual(a, b policy.Slots) bool {
+	return mapsEqual(a.Networks, b.Networks) && mapsEqual(a.Endpoints, b.Endpoints) && mapsEqual(a.Ports, b.Ports)
+}
+
+// attach puts programs where they belong and takes them from where they do not. It reports whether a
+// container's interface was newly guarded.
+func (d *Daemon) attach(devices policy.Devices, served map[string]bool, reported bool) (bool, error) {
+	type place struct {
+		program string
+		ifindex int
+	}
+	want := map[place]bool{{loader.FromHost, loIfindex}: true}
+	for _, b := range devices.Bridges {
+		if served[b.Name] {
+			want[place{loader.FromBridge, b.Ifindex}] = true
+		}
+	}
+	for _, l := range devices.Links {
+		want[place{loader.FromContainer, l.Ifindex}] = true
+		want[place{loader.ToContainer, l.Ifindex}] = true
+	}
+	for _, u := range devices.Uplinks {
+		if u.Ethernet {
+			want[place{loader.FromUplink, u.Ifindex}] = true
+			want[place{loader.ToUplink, u.Ifindex}] = true
+		} else {
+			want[place{loader.FromUplinkL3, u.Ifindex}] = true
+			want[place{loader.ToUplinkL3, u.Ifindex}] = true
+		}
+	}
+	var errs []error
+	failed := make(map[int]bool)
+	for p := range want {
+		if err := d.loader.Attach(p.program, p.ifindex); err != nil {
+			failed[p.ifindex] = true
+			if !goneDevice(err) {
+				errs = append(errs, err)
+			}
+		}
+	}
+	attached := make(map[int]bool)
+	for _, l := range devices.Links {
+		attached[l.Ifindex] = !failed[l.Ifindex]
+	}
+	changed := !mapsEqual(attached, d.attached)
+	d.attached = attached
+
+	// Before the engine has spoken once, its networks are only remembered: nothing is taken down.
+	pinned, err := d.loader.Pinned()
+	errs = append(errs, err)
+	for _, a := range pinned {
+		if a.Hook == "cgroup" || want[place{a.Program, a.Ifindex}] || (!reported && deviceExists(a.Ifindex)) {
+			continue
+		}
+		errs = append(errs, d.loader.Detach(a.Program, a.Ifindex))
+	}
+	return changed, errors.Join(errs...)
+}
+
+// settings are the daemon's own and what the host's sysctls say; forwarding is switched on here.
+func (d *Daemon) settings(devices policy.Devices) (bpfmaps.Settings, error) {
+	s := bpfmaps.Settings{
+		NetnsCookie: d.cookie, HashSeed: d.seed,
+		ReservationWait: toTicks(reservationWait), Timeouts: tickTimeouts(d.timeouts),
+	}
+	var names []string
+	for _, u := range devices.Uplinks {
+		names = append(names, u.Name)
+	}
+	before := len(d.changes)
+	plan, err := netdev.PlanForwarding(netdev.ReadSysctl, names, d.changes)
+	if err != nil {
+		return s, err
+	}
+	if len(plan) > 0 {
+		made, err := netdev.Apply(plan)
+		d.changes = netdev.Merge(d.changes, made)
+		if err := errors.Join(err, d.saveChanges()); err != nil {
+			return s, fmt.Errorf("turn forwarding on: %w", err)
+		}
+		d.log.Info("changed sysctls", "count", len(d.changes)-before)
+	}
+	for _, c := range d.changes {
+		if c.Side || d.cfg.IPForwardNoDrop {
+			continue
+		}
+		switch c.Path {
+		case "net/ipv4/ip_forward":
+			s.DropTransit4 = true
+		case "net/ipv6/conf/all/forwarding":
+			s.DropTransit6 = true
+		}
+	}
+	local, err := netdev.LocalPortRange()
+	if err != nil {
+		return s, err
+	}
+	reserved, err := netdev.ReservedPorts()
+	if err != nil {
+		return s, err
+	}
+	ports := planMasquerade(local, reserved)
+	if ports.reserve != nil && !slices.Contains(reserved, *ports.reserve) {
+		change, err := netdev.SetReservedPorts(mergeRanges(reserved, *ports.reserve))
+		if err != nil {
+			return s, err
+		}
+		if change.Path != "" {
+			d.changes = netdev.Merge(d.changes, []netdev.Change{change})
+			if err := d.saveChanges(); err != nil {
+				return s, err
+			}
+		}
+	}
+	s.SNAT, s.Reserved = ports.ranges, ports.reserved
+	return s, nil
+}
+
+func (d *Daemon) saveChanges() error {
+	var out []store.Change
+	for _, c := range d.changes {
+		out = append(out, store.Change(c))
+	}
+	return d.store.SetSysctls(out)
+}
+
+// Flush waits until a round that began after the call has ended.
+func (d *Daemon) Flush(ctx context.Context) error {
+	d.mu.Lock()
+	before := d.snapshot
+	d.mu.Unlock()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	d.wake()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-tick.C:
+			d.mu.Lock()
+			done := d.snapshot != before
+			d.mu.Unlock()
+			if done {
+				return nil
+			}
+		}
+	}
+}
+
+// networkNames are the names that allow and disallow take.
+func (d *Daemon) networkNames() []string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var names []string
+	for _, n := range d.state.Networks {
+		names = append(names, n.Name)
+	}
+	slices.Sort(names)
+	return names
+}
+
+func (d *Daemon) checkNetworks(a, b string) error {
+	names := d.networkNames()
+	for _, n := range []string{a, b} {
+		if !slices.Contains(names, n) {
+			return fmt.Errorf("network %s: unknown; %s", n, nearest(n, names))
+		}
+	}
+	if a == b {
+		return fmt.Errorf("network %s: is one network; name two", a)
+	}
+	return nil
+}
+
+func nearest(name string, have []string) string {
+	if len(have) == 0 {
+		return "there are no networks"
+	}
+	return "nearest: " + strings.Join(netdev.Nearest(name, have), ", ")
+}
+
+// Allow lets two networks talk, both directions, from the next packet on.
+func (d *Daemon) Allow(ctx context.Context, a, b string) (bool, error) {
+	if err := d.checkNetworks(a, b); err != nil {
+		return false, err
+	}
+	news, err := d.store.Allow(a, b)
+	if err != nil {
+		return false, err
+	}
+	return news, d.Flush(ctx)
+}
+
+// Disallow is the inverse of Allow; flows that it had made possible end.
+func (d *Daemon) Disallow(ctx context.Context, a, b string) (bool, error) {
+	was, err := d.store.Disallow(a, b)
+	if err != nil {
+		return false, err
+	}
+	if !was {
+		if err := d.checkNetworks(a, b); err != nil {
+			return false, err
+		}
+	}
+	return was, d.Flush(ctx)
+}
+
+func pid() int { return os.Getpid() }

@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package daemon
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"net"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/bpfnet/bpfnet/api"
+	"github.com/bpfnet/bpfnet/loader"
+	"github.com/bpfnet/bpfnet/policy"
+)
+
+func mapsEqual[K, V comparable](a, b map[K]V) bool { return maps.Equal(a, b) }
+
+func deviceExists(ifindex int) bool {
+	_, err := net.InterfaceByIndex(ifindex)
+	return err == nil
+}
+
+// goneDevice says that an error is a device's sudden end: the next round will not name it.
+func goneDevice(err error) bool {
+	return errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENXIO) || errors.Is(err, fs.ErrNotExist)
+}
+
+// writeSnapshot tells readers what the maps' slots stand for.
+func (d *Daemon) writeSnapshot(state policy.State) error {
+	s := &api.Snapshot{
+		Version: d.cfg.Version, PID: pid(), Started: d.started, Written: time.Now(),
+		Attach: d.loader.AttachName(),
+	}
+	networks := make(map[string]policy.Network)
+	for _, n := range state.Networks {
+		networks[n.ID] = n
+		row := api.Network{
+			Slot: d.slots.Networks[n.ID], ID: n.ID, Name: n.Name, Source: string(n.Source), Bridge: n.Bridge,
+			Internal: n.Internal, NoICC: n.NoICC,
+		}
+		for _, p := range n.Subnets {
+			row.Subnets = append(row.Subnets, p.String())
+		}
+		s.Networks = append(s.Networks, row)
+	}
+	links := make(map[int]policy.Link)
+	for _, l := range d.seen.Links {
+		links[l.Ifindex] = l
+	}
+	endpoints := make(map[uint16]policy.Endpoint)
+	for _, e := range state.Endpoints {
+		slot := d.slots.Endpoints[e.ID]
+		endpoints[slot] = e
+		row := api.Endpoint{
+			Slot: slot, ID: e.ID, Name: e.Name, SandboxID: e.SandboxID, MAC: e.MAC.String(),
+			Network: networks[e.NetworkID].Name, Why: d.tables.Waiting[e.ID],
+		}
+		for _, a := range e.Addrs {
+			row.Addresses = append(row.Addresses, a.String())
+		}
+		if r, ok := d.tables.Endpoints[slot]; ok {
+			row.Ready, row.Ifindex, row.Link = true, r.Ifindex, links[r.Ifindex].Name
+		}
+		s.Endpoints = append(s.Endpoints, row)
+	}
+	for _, key := range d.tables.SortedPorts() {
+		r := d.tables.Ports[key]
+		e := endpoints[r.Endpoint]
+		s.Ports = append(s.Ports, api.Port{
+			Slot: r.Slot, Proto: key.Proto.String(), Host: key.Host.String(), Target: r.Target.String(),
+			Endpoint: e.ID, Container: e.Name, Network: networks[e.NetworkID].Name,
+		})
+	}
+	pairs, err := d.store.Allowed()
+	if err != nil {
+		return err
+	}
+	for _, p := range pairs {
+		s.Allowed = append(s.Allowed, api.Pair{A: p.A, B: p.B})
+	}
+	s.Attachments = d.attachments()
+	if d.docker != nil {
+		st := d.docker.Status()
+		detail := st.Version
+		if !st.Connected {
+			detail = st.LastError
+		}
+		s.Sources = append(s.Sources, api.Source{Name: "docker", Connected: st.Connected, Detail: detail, LastSync: st.LastSync})
+	}
+	s.Sources = append(s.Sources, api.Source{Name: "netlink", Connected: true, LastSync: s.Written})
+	slices.SortFunc(s.Networks, func(a, b api.Network) int { return strings.Compare(a.Name, b.Name) })
+	slices.SortFunc(s.Endpoints, func(a, b api.Endpoint) int {
+		return cmp.Or(strings.Compare(a.Name, b.Name), strings.Compare(a.Network, b.Network))
+	})
+	if err := api.WriteSnapshot(d.cfg.State, s); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	d.snapshot = s
+	d.mu.Unlock()
+	return nil
+}
+
+func (d *Daemon) attachments() []api.Attachment {
+	names := map[int]string{loIfindex: "lo"}
+	for _, l := range d.seen.Links {
+		names[l.Ifindex] = l.Name
+	}
+	for _, u := range d.seen.Uplinks {
+		names[u.Ifindex] = u.Name
+	}
+	for _, b := range d.seen.Bridges {
+		names[b.Ifindex] = b.Name
+	}
+	var out []api.Attachment
+	for _, a := range d.loader.Attachments() {
+		device := names[a.Ifindex]
+		if a.Hook == "cgroup" {
+			device = d.cfg.Cgroup
+		}
+		out = append(out, api.Attachment{Program: a.Program, Device: device, Hook: a.Hook})
+	}
+	slices.SortFunc(out, func(a, b api.Attachment) int {
+		return cmp.Or(strings.Compare(a.Device, b.Device), strings.Compare(a.Program, b.Program))
+	})
+	return out
+}
+
+// writeBanner says what the daemon attached to and what to type next.
+func writeBanner(w io.Writer, cfg Config, s *api.Snapshot) {
+	var uplinks, bridges []string
+	for _, a := range s.Attachments {
+		switch a.Program {
+		case loader.FromUplink, loader.FromUplinkL3:
+			uplinks = append(uplinks, a.Device)
+		case loader.FromBridge:
+			bridges = append(bridges, a.Device)
+		}
+	}
+	fmt.Fprintf(w, "bpfnet %s serves: uplinks %s; bridges %s; by %s\n", cfg.Version, list(uplinks), list(bridges), s.Attach)
+	for _, src := range s.Sources {
+		if src.Name != "docker" {
+			continue
+		}
+		if src.Connected {
+			fmt.Fprintf(w, "Docker Engine %s at %s: %d networks, %d endpoints, %d published ports\n",
+				src.Detail, cfg.Docker, len(s.Networks), len(s.Endpoints), len(s.Ports))
+		} else {
+			fmt.Fprintf(w, "Docker Engine: %s; it is served as soon as it answers\n", src.Detail)
+		}
+	}
+	fmt.Fprintln(w, "Next, in another terminal: bpfnet status; bpfnet stats; docker run -d -p 8080:80 nginx")
+	fmt.Fprintln(w, "Stopping the daemon leaves the network running; bpfnet cleanup takes everything away.")
+}
+
+func list(names []string) string {
+	if len(names) == 0 {
+		return "none"
+	}
+	return strings.Join(names, ", ")
+}

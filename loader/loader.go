@@ -1,0 +1,435 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package loader loads the programs once, attaches them many times, pins maps and links so that both
+// outlive the daemon, and takes everything away again. It knows devices only by index: who they are
+// is for its caller to say.
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/bits"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/rlimit"
+	"golang.org/x/sys/unix"
+
+	"github.com/bpfnet/bpfnet/bpf"
+	"github.com/bpfnet/bpfnet/maps"
+)
+
+// Paths are where an instance's pins and cgroup programs are.
+type Paths struct {
+	BPFFS  string // directory below a bpffs mount
+	Cgroup string // cgroup2 directory; empty: no sock programs
+}
+
+// Classifier attaches programs by clsact filters, for kernels without tcx (before 6.6).
+type Classifier interface {
+	// AttachFilter replaces our filter on the device; it keeps everybody else's.
+	AttachFilter(ifindex int, egress bool, fd int, name string) error
+	// DetachFilter removes our filter; a missing one or a missing device is no error.
+	DetachFilter(ifindex int, egress bool) error
+}
+
+// Options of Load.
+type Options struct {
+	Paths
+	// Attach is "tcx", "clsact", or empty for tcx where the kernel has it.
+	Attach string
+	// Flows is the number of flows that the IPv4 table holds, rounded up to a power of two. 0: what a
+	// running instance has, else by memory.
+	Flows int
+	// Classifier is needed for clsact.
+	Classifier Classifier
+}
+
+// Loader holds the loaded programs. Close leaves pinned maps, links and filters in the kernel: the
+// network runs on.
+type Loader struct {
+	opts    Options
+	tcx     bool
+	tc      *ebpf.Collection
+	sock    *ebpf.Collection
+	mu      sync.Mutex
+	links   map[string]link.Link
+	filters map[string]Attachment
+}
+
+// Attachment is one program on one device or cgroup.
+type Attachment struct {
+	Program string
+	Ifindex int    // 0 for a cgroup
+	Hook    string // "ingress", "egress" or "cgroup"
+}
+
+// Programs that go on devices.
+const (
+	FromContainer = "from_container"
+	ToContainer   = "to_container"
+	FromBridge    = "from_bridge"
+	FromUplink    = "from_uplink"
+	FromUplinkL3  = "from_uplink_l3"
+	FromHost      = "from_host"
+	ToUplink      = "to_uplink"
+	ToUplinkL3    = "to_uplink_l3"
+)
+
+func isEgress(program string) bool { return strings.HasPrefix(program, "to_") }
+
+func hookOf(program string) string {
+	if isEgress(program) {
+		return "egress"
+	}
+	return "ingress"
+}
+
+// Load loads the programs, taking over the maps that an earlier instance pinned. Links that are pinned
+// keep their old programs until Attach is called for them.
+func Load(opts Options) (*Loader, error) {
+	if err := rlimit.RemoveMemlock(); err != nil {
+		return nil, fmt.Errorf("raise the memlock limit: %w", err)
+	}
+	if err := ensureBPFFS(opts.BPFFS); err != nil {
+		return nil, err
+	}
+	for _, dir := range []string{maps.Dir(opts.BPFFS), linksDir(opts.BPFFS)} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("make pin directory: %w", err)
+		}
+	}
+	tcx, err := chooseAttach(opts.Attach, opts.Classifier)
+	if err != nil {
+		return nil, err
+	}
+	l := &Loader{opts: opts, tcx: tcx, links: make(map[string]link.Link), filters: make(map[string]Attachment)}
+
+	spec, err := bpf.LoadDatapath()
+	if err != nil {
+		return nil, fmt.Errorf("read the data path object: %w", err)
+	}
+	size := l.flowEntries()
+	spec.Maps["flows4"].MaxEntries = size
+	spec.Maps["flows6"].MaxEntries = size / 2
+	l.tc, err = l.load(spec)
+	if err != nil {
+		return nil, err
+	}
+	spec, err = bpf.LoadSock()
+	if err != nil {
+		l.Close()
+		return nil, fmt.Errorf("read the sock object: %w", err)
+	}
+	// The sock object shares the maps; it declares the flow tables with their nominal size.
+	delete(spec.Maps, "flows4")
+	delete(spec.Maps, "flows6")
+	l.sock, err = l.load(spec)
+	if err != nil {
+		l.Close()
+		return nil, err
+	}
+	return l, nil
+}
+
+// load makes a collection of pinned maps. A pinned map of another shape is of another version: it is
+// replaced, and the daemon fills it anew.
+func (l *Loader) load(spec *ebpf.CollectionSpec) (*ebpf.Collection, error) {
+	dir := maps.Dir(l.opts.BPFFS)
+	for name, m := range spec.Maps {
+		if m.Pinning != ebpf.PinByName {
+			continue
+		}
+		path := filepath.Join(dir, name)
+		have, err := ebpf.LoadPinnedMap(path, nil)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("open pinned map %s: %w", path, err)
+		}
+		err = m.Compatible(have)
+		have.Close()
+		if err != nil {
+			if err := os.Remove(path); err != nil {
+				return nil, fmt.Errorf("replace pinned map %s of another version: %w", path, err)
+			}
+		}
+	}
+	c, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{
+		Maps: ebpf.MapOptions{PinPath: dir},
+	})
+	if err != nil {
+		var verifier *ebpf.VerifierError
+		if errors.As(err, &verifier) {
+			return nil, fmt.Errorf("load programs: the kernel refuses them: %w (needs Linux 5.15 or later with CONFIG_DEBUG_INFO_BTF)", err)
+		}
+		return nil, fmt.Errorf("load programs: %w", err)
+	}
+	return c, nil
+}
+
+// flowEntries is the size of the IPv4 table in entries, two a flow.
+func (l *Loader) flowEntries() uint32 {
+	flows := l.opts.Flows
+	if flows == 0 {
+		have, err := ebpf.LoadPinnedMap(filepath.Join(maps.Dir(l.opts.BPFFS), "flows4"), nil)
+		if err == nil {
+			defer have.Close()
+			return have.MaxEntries()
+		}
+		flows = flowsByMemory()
+	}
+	return 2 * ceilPowerOfTwo(uint32(min(max(flows, 64), 1<<24)))
+}
+
+// flowsByMemory spends 0.3 % of the memory: 256 k flows at 24 GiB.
+func flowsByMemory() int {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return 1 << 16
+	}
+	flows := int(uint64(info.Totalram) * uint64(info.Unit) / (96 << 10))
+	up := int(ceilPowerOfTwo(uint32(min(max(flows, 1<<14), 1<<22))))
+	if flows < up*3/4 { // the nearer power
+		return max(up/2, 1<<14)
+	}
+	return up
+}
+
+func ceilPowerOfTwo(n uint32) uint32 {
+	if n <= 1 {
+		return 1
+	}
+	return 1 << bits.Len32(n-1)
+}
+
+// Maps are the instance's maps. They are closed with the loader.
+func (l *Loader) Maps() *maps.Maps { return maps.Use(l.tc.Maps) }
+
+// AttachName is the way programs are attached: "tcx" or "clsact".
+func (l *Loader) AttachName() string {
+	if l.tcx {
+		return "tcx"
+	}
+	return "clsact"
+}
+
+// Close closes file descriptors. What is pinned stays attached.
+func (l *Loader) Close() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, k := range l.links {
+		k.Close()
+	}
+	l.links = make(map[string]link.Link)
+	if l.tc != nil {
+		l.tc.Close()
+	}
+	if l.sock != nil {
+		l.sock.Close()
+	}
+}
+
+func linksDir(bpffs string) string { return filepath.Join(bpffs, "links") }
+
+func pinName(program string, ifindex int) string { return program + "-" + strconv.Itoa(ifindex) }
+
+// Attach puts a program on a device, replacing an older version of it there without a gap. It is
+// idempotent. An error that wraps fs.ErrNotExist or unix.ENODEV says that the device is gone.
+func (l *Loader) Attach(program string, ifindex int) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	name := pinName(program, ifindex)
+	prog := l.tc.Programs[program]
+	if prog == nil {
+		return fmt.Errorf("attach %s: no such program", program)
+	}
+	if !l.tcx {
+		if _, ok := l.filters[name]; ok {
+			return nil
+		}
+		if err := l.opts.Classifier.AttachFilter(ifindex, isEgress(program), prog.FD(), "bpfnet_"+program); err != nil {
+			return fmt.Errorf("attach %s to device %d: %w", program, ifindex, err)
+		}
+		// A directory remembers the filter for cleanup, as a pinned link would: bpffs holds no files.
+		path := filepath.Join(linksDir(l.opts.BPFFS), name)
+		if k, err := link.LoadPinnedLink(path, nil); err == nil {
+			// Left from tcx: the filter has taken over.
+			err = k.Unpin()
+			k.Close()
+			if err != nil {
+				return fmt.Errorf("unpin %s: %w", name, err)
+			}
+		}
+		if err := os.MkdirAll(path, 0o700); err != nil {
+			return fmt.Errorf("remember %s: %w", name, err)
+		}
+		l.filters[name] = Attachment{Program: program, Ifindex: ifindex, Hook: hookOf(program)}
+		return nil
+	}
+	attach := ebpf.AttachTCXIngress
+	if isEgress(program) {
+		attach = ebpf.AttachTCXEgress
+	}
+	return l.attachLink(name, prog, func() (link.Link, error) {
+		return link.AttachTCX(link.TCXOptions{Interface: ifindex, Program: prog, Attach: attach})
+	})
+}
+
+// attachLink updates the pinned link of that name, or makes and pins a new one.
+func (l *Loader) attachLink(name string, prog *ebpf.Program, attach func() (link.Link, error)) error {
+	if _, ok := l.links[name]; ok {
+		return nil
+	}
+	path := filepath.Join(linksDir(l.opts.BPFFS), name)
+	stale := false
+	if k, err := link.LoadPinnedLink(path, nil); err == nil {
+		if err := k.Update(prog); err == nil {
+			l.links[name] = k
+			return nil
+		}
+		// Its device or cgroup is gone and the name was taken again.
+		k.Close()
+		if err := os.Remove(path); err != nil {
+			return fmt.Errorf("remove stale pin: %w", err)
+		}
+	} else if st, serr := os.Stat(path); serr == nil && st.IsDir() {
+		stale = true // a clsact filter of an earlier run: ours goes first, then that
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("open pinned link: %w", err)
+	}
+	k, err := attach()
+	if err != nil {
+		return fmt.Errorf("attach %s: %w", name, err)
+	}
+	if stale {
+		a := parsePin(name)
+		if err := errors.Join(l.opts.Classifier.DetachFilter(a.Ifindex, isEgress(a.Program)), os.Remove(path)); err != nil {
+			k.Close()
+			return fmt.Errorf("remove the clsact filter of %s: %w", name, err)
+		}
+	}
+	if err := k.Pin(path); err != nil {
+		k.Close()
+		return fmt.Errorf("pin %s: %w", name, err)
+	}
+	l.links[name] = k
+	return nil
+}
+
+// Detach takes a program off a device; a missing one, or a device that is gone, is no error.
+func (l *Loader) Detach(program string, ifindex int) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	name := pinName(program, ifindex)
+	path := filepath.Join(linksDir(l.opts.BPFFS), name)
+	if k, ok := l.links[name]; ok {
+		k.Close()
+		delete(l.links, name)
+	}
+	if _, ok := l.filters[name]; ok {
+		if err := l.opts.Classifier.DetachFilter(ifindex, isEgress(program)); err != nil {
+			return fmt.Errorf("detach %s from device %d: %w", program, ifindex, err)
+		}
+		delete(l.filters, name)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("detach %s: %w", name, err)
+	}
+	return nil
+}
+
+// AttachCgroup puts the sock programs on the instance's cgroup. It is idempotent.
+func (l *Loader) AttachCgroup() error {
+	if l.opts.Cgroup == "" {
+		return nil
+	}
+	spec, err := bpf.LoadSock()
+	if err != nil {
+		return fmt.Errorf("read the sock object: %w", err)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for name, prog := range l.sock.Programs {
+		attach := spec.Programs[name].AttachType
+		err := l.attachLink(pinName(name, 0), prog, func() (link.Link, error) {
+			return link.AttachCgroup(link.CgroupOptions{Path: l.opts.Cgroup, Attach: attach, Program: prog})
+		})
+		if err != nil {
+			return fmt.Errorf("cgroup %s: %w", l.opts.Cgroup, err)
+		}
+	}
+	return nil
+}
+
+// Attachments are the programs that this instance has in place.
+func (l *Loader) Attachments() []Attachment {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var out []Attachment
+	for name := range l.links {
+		out = append(out, parsePin(name))
+	}
+	for _, a := range l.filters {
+		out = append(out, a)
+	}
+	return out
+}
+
+func parsePin(name string) Attachment {
+	program, index, _ := strings.Cut(name, "-")
+	ifindex, _ := strconv.Atoi(index)
+	a := Attachment{Program: program, Ifindex: ifindex, Hook: hookOf(program)}
+	if strings.HasPrefix(program, "sock_") {
+		a.Hook = "cgroup"
+	}
+	return a
+}
+
+// Pinned are the attachments that pins tell of, this instance's and an earlier one's.
+func (l *Loader) Pinned() ([]Attachment, error) { return pinned(l.opts.BPFFS) }
+
+func pinned(bpffs string) ([]Attachment, error) {
+	entries, err := os.ReadDir(linksDir(bpffs))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list pinned links: %w", err)
+	}
+	var out []Attachment
+	for _, e := range entries {
+		out = append(out, parsePin(e.Name()))
+	}
+	return out, nil
+}
+
+// Swept is what an expiry did, in entries of flows4 and flows6.
+type Swept struct {
+	Live    [2]int
+	Deleted [2]int
+}
+
+// Expire deletes the flows that timed out and arms the kernel's own timer.
+func (l *Loader) Expire() (Swept, error) { return l.sweep("expire") }
+
+// Purge deletes the flows of endpoints and ports that are gone.
+func (l *Loader) Purge() (Swept, error) { return l.sweep("purge") }
+
+func (l *Loader) sweep(program string) (Swept, error) {
+	var args bpf.DatapathExpireArgs
+	if _, err := l.tc.Programs[program].Run(&ebpf.RunOptions{Context: args, ContextOut: &args}); err != nil {
+		return Swept{}, fmt.Errorf("run %s: %w", program, err)
+	}
+	return Swept{
+		Live:    [2]int{int(args.Live[0]), int(args.Live[1])},
+		Deleted: [2]int{int(args.Deleted[0]), int(args.Deleted[1])},
+	}, nil
+}

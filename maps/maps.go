@@ -1,0 +1,273 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package maps is typed access to the pinned maps: the daemon's tables on the way in, counters and
+// flows on the way out. Readers need no daemon. All byte order lives here.
+package maps
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+
+	"github.com/bpfnet/bpfnet/bpf"
+	"github.com/bpfnet/bpfnet/policy"
+)
+
+// Dir is the directory of the pinned maps below an instance's pin directory.
+func Dir(bpffs string) string { return filepath.Join(bpffs, "maps") }
+
+// ErrNotLoaded says that there are no pinned maps: no daemon has run, or cleanup has.
+var ErrNotLoaded = errors.New("nothing is loaded")
+
+// Maps are the pinned maps of one instance.
+type Maps struct {
+	m map[string]*ebpf.Map
+}
+
+// Open opens the pinned maps below the instance's pin directory; ErrNotLoaded where there are none.
+func Open(bpffs string) (*Maps, error) {
+	dir := Dir(bpffs)
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && len(entries) == 0 {
+		return nil, fmt.Errorf("open maps below %s: %w", bpffs, ErrNotLoaded)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open maps: %w", err)
+	}
+	out := &Maps{m: make(map[string]*ebpf.Map)}
+	for _, e := range entries {
+		m, err := ebpf.LoadPinnedMap(filepath.Join(dir, e.Name()), nil)
+		if err != nil {
+			out.Close()
+			return nil, fmt.Errorf("open map %s: %w", e.Name(), err)
+		}
+		out.m[e.Name()] = m
+	}
+	for name := range spec().Maps {
+		if _, ok := out.m[name]; !ok && spec().Maps[name].Pinning == ebpf.PinByName {
+			out.Close()
+			return nil, fmt.Errorf("open maps below %s: %s is missing: %w", bpffs, name, ErrNotLoaded)
+		}
+	}
+	return out, nil
+}
+
+// Use wraps maps that a loader has just opened; Close closes them.
+func Use(m map[string]*ebpf.Map) *Maps { return &Maps{m: m} }
+
+// Close closes the file descriptors; the pinned maps stay.
+func (m *Maps) Close() {
+	for _, v := range m.m {
+		v.Close()
+	}
+}
+
+// Map is the map of that name, for tests and the loader. It is nil if there is none.
+func (m *Maps) Map(name string) *ebpf.Map { return m.m[name] }
+
+var spec = sync.OnceValue(func() *ebpf.CollectionSpec {
+	s, err := bpf.LoadDatapath()
+	if err != nil {
+		panic("the embedded object cannot be read: " + err.Error()) // the build is broken
+	}
+	return s
+})
+
+func init() {
+	if policy.MaxEndpoints != maxEndpoints || policy.MaxNetworks != maxNetworks || policy.MaxPorts != maxPorts {
+		panic("slot limits of policy and bpf differ")
+	}
+}
+
+// What bpf/lib/types.h says; a test compares them with the maps' sizes.
+const (
+	maxEndpoints = 4096
+	maxNetworks  = 1024
+	maxPorts     = 16384
+)
+
+// enumNames are the enumerators of a C enumeration by value: lower case, without the prefix.
+func enumNames(name, prefix string) []string {
+	var e *btf.Enum
+	if err := spec().Types.TypeByName(name, &e); err != nil {
+		return nil
+	}
+	out := make([]string, len(e.Values))
+	for _, v := range e.Values {
+		if v.Value < uint64(len(out)) {
+			out[v.Value] = strings.ToLower(strings.TrimPrefix(v.Name, prefix))
+		}
+	}
+	return out
+}
+
+var (
+	reasonNames = sync.OnceValue(func() []string { return enumNames("reason", "REASON_") })
+	hookNames   = sync.OnceValue(func() []string { return enumNames("hook", "HOOK_") })
+	fateNames   = sync.OnceValue(func() []string { return enumNames("fate", "FATE_") })
+)
+
+// Drop is the counter of one reason at one hook.
+type Drop struct {
+	Reason  string `json:"reason"`
+	Hook    string `json:"hook"`
+	Packets uint64 `json:"packets"`
+	Bytes   uint64 `json:"bytes"`
+}
+
+// Fate is the counter of one way that packets went at one hook.
+type Fate struct {
+	Fate    string `json:"fate"`
+	Hook    string `json:"hook"`
+	Packets uint64 `json:"packets"`
+	Bytes   uint64 `json:"bytes"`
+}
+
+func sum(values []bpf.DatapathCount) (packets, bytes uint64) {
+	for _, v := range values {
+		packets += v.Packets
+		bytes += v.Bytes
+	}
+	return packets, bytes
+}
+
+// eachCount calls f for every non-zero counter of a map that is indexed by kind and hook.
+func (m *Maps) eachCount(name string, kinds []string, f func(kind, hook string, packets, bytes uint64)) error {
+	hooks := hookNames()
+	hooks = hooks[:len(hooks)-1] // HOOK_COUNT
+	for k, kind := range kinds[:len(kinds)-1] {
+		for h, hook := range hooks {
+			var values []bpf.DatapathCount
+			if err := m.m[name].Lookup(uint32(k*len(hooks)+h), &values); err != nil {
+				return fmt.Errorf("read %s: %w", name, err)
+			}
+			if packets, bytes := sum(values); packets != 0 {
+				f(kind, hook, packets, bytes)
+			}
+		}
+	}
+	return nil
+}
+
+// Drops are the drop counters that are not zero.
+func (m *Maps) Drops() ([]Drop, error) {
+	var out []Drop
+	err := m.eachCount("drops", reasonNames(), func(kind, hook string, packets, bytes uint64) {
+		out = append(out, Drop{Reason: kind, Hook: hook, Packets: packets, Bytes: bytes})
+	})
+	return out, err
+}
+
+// Fates are the counters of packets not dropped that are not zero.
+func (m *Maps) Fates() ([]Fate, error) {
+	var out []Fate
+	err := m.eachCount("fates", fateNames(), func(kind, hook string, packets, bytes uint64) {
+		out = append(out, Fate{Fate: kind, Hook: hook, Packets: packets, Bytes: bytes})
+	})
+	return out, err
+}
+
+// EndpointCount is an endpoint's traffic, as the container sees it.
+type EndpointCount struct {
+	RxPackets   uint64 `json:"rx_packets"`
+	RxBytes     uint64 `json:"rx_bytes"`
+	TxPackets   uint64 `json:"tx_packets"`
+	TxBytes     uint64 `json:"tx_bytes"`
+	DropPackets uint64 `json:"drop_packets"` // sent by it and dropped
+	DropBytes   uint64 `json:"drop_bytes"`
+}
+
+// EndpointStats reads an endpoint's counters.
+func (m *Maps) EndpointStats(slot uint16) (EndpointCount, error) {
+	var values []bpf.DatapathEndpointCount
+	if err := m.m["endpoint_stats"].Lookup(uint32(slot), &values); err != nil {
+		return EndpointCount{}, fmt.Errorf("read endpoint_stats: %w", err)
+	}
+	var c EndpointCount
+	for _, v := range values {
+		c.RxPackets += v.Rx.Packets
+		c.RxBytes += v.Rx.Bytes
+		c.TxPackets += v.Tx.Packets
+		c.TxBytes += v.Tx.Bytes
+		c.DropPackets += v.Drop.Packets
+		c.DropBytes += v.Drop.Bytes
+	}
+	return c, nil
+}
+
+// PortCount is a published port's traffic.
+type PortCount struct {
+	Connections uint64 `json:"connections"` // flows opened
+	RxPackets   uint64 `json:"rx_packets"`  // towards the container
+	RxBytes     uint64 `json:"rx_bytes"`
+	TxPackets   uint64 `json:"tx_packets"`
+	TxBytes     uint64 `json:"tx_bytes"`
+	NotReady    uint64 `json:"not_ready"` // first packets dropped, their sender tries again
+}
+
+// PortStats reads a published port's counters.
+func (m *Maps) PortStats(slot uint16) (PortCount, error) {
+	var values []bpf.DatapathPortCount
+	if err := m.m["port_stats"].Lookup(uint32(slot), &values); err != nil {
+		return PortCount{}, fmt.Errorf("read port_stats: %w", err)
+	}
+	var c PortCount
+	for _, v := range values {
+		c.Connections += v.Connections
+		c.RxPackets += v.Rx.Packets
+		c.RxBytes += v.Rx.Bytes
+		c.TxPackets += v.Tx.Packets
+		c.TxBytes += v.Tx.Bytes
+		c.NotReady += v.NotReady
+	}
+	return c, nil
+}
+
+// Fill is how full a map is.
+type Fill struct {
+	Map     string `json:"map"`
+	Entries int    `json:"entries"`
+	Max     int    `json:"max"`
+}
+
+// Flows are the entries of the two flow tables, two a flow, by the gauge that the data path keeps.
+func (m *Maps) Flows() (v4, v6 int, err error) {
+	var g bpf.DatapathFlowGauge
+	if err := m.m["flow_gauge"].Lookup(uint32(0), &g); err != nil {
+		return 0, 0, fmt.Errorf("read flow_gauge: %w", err)
+	}
+	return int(g.Entries[0]), int(g.Entries[1]), nil
+}
+
+// Fill says how full the maps are that can fill up.
+func (m *Maps) Fill() ([]Fill, error) {
+	v4, v6, err := m.Flows()
+	if err != nil {
+		return nil, err
+	}
+	out := []Fill{
+		{Map: "flows4", Entries: v4, Max: int(m.m["flows4"].MaxEntries())},
+		{Map: "flows6", Entries: v6, Max: int(m.m["flows6"].MaxEntries())},
+	}
+	for _, name := range []string{"endpoints", "links", "ports", "pairs", "host_addrs", "subnets"} {
+		n := 0
+		it := m.m[name].Iterate()
+		key := make([]byte, m.m[name].KeySize())
+		value := make([]byte, m.m[name].ValueSize())
+		for it.Next(&key, &value) {
+			n++
+		}
+		if err := it.Err(); err != nil {
+			return nil, fmt.Errorf("read %s: %w", name, err)
+		}
+		out = append(out, Fill{Map: name, Entries: n, Max: int(m.m[name].MaxEntries())})
+	}
+	return out, nil
+}

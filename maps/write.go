@@ -1,0 +1,411 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package maps
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/bpfnet/bpfnet/bpf"
+	"github.com/bpfnet/bpfnet/policy"
+)
+
+// PortRange is a range of ports for masquerading.
+type PortRange struct {
+	First uint16
+	Count int
+}
+
+// Timeouts are idle times in ticks of 2^30 ns.
+type Timeouts struct {
+	TCPSyn, TCPEstablished, TCPFin, TCPClosed, UDPNew, UDP, ICMP, Other uint32
+}
+
+// Settings is the daemon's part of the config map.
+type Settings struct {
+	NetnsCookie     uint64
+	DropTransit4    bool // what the host forwards for others
+	DropTransit6    bool
+	SNAT            []PortRange         // at most two
+	Reserved        map[uint16]struct{} // within SNAT: not to be used
+	HashSeed        uint32
+	ReservationWait uint32 // ticks
+	Timeouts        Timeouts
+}
+
+// realised is what the maps hold, in the data path's own shapes.
+type realised struct {
+	networks  map[uint32]bpf.DatapathNetwork
+	slots     map[uint32]bpf.DatapathEndpoint
+	portSlots map[uint32]bpf.DatapathPortSlot
+	addrs     map[bpf.DatapathAddr]uint32
+	links     map[uint32]uint32
+	subnets   map[bpf.DatapathSubnetKey]uint32
+	hostAddrs map[bpf.DatapathAddr]bpf.DatapathHostAddr
+	pairs     map[bpf.DatapathPair]uint8
+	ports     map[bpf.DatapathPortKey]bpf.DatapathPort
+	sources   map[bpf.DatapathSourceKey]uint8
+}
+
+// Writer brings the maps to the desired tables. It is the maps' only writer and not safe for
+// concurrent use.
+type Writer struct {
+	m          *Maps
+	class      *ebpf.Memory
+	have       *realised
+	settings   Settings
+	generation uint32
+	seed       uint32
+	classBytes []byte // ports and subnets as written
+}
+
+// NewWriter reads what the maps hold; it changes nothing.
+func NewWriter(m *Maps) (*Writer, error) {
+	w := &Writer{m: m}
+	mem, err := m.m["port_class"].Memory()
+	if err != nil {
+		return nil, fmt.Errorf("map port_class into memory: %w", err)
+	}
+	w.class = mem
+	var cfg bpf.DatapathConfig
+	if err := m.m["config"].Lookup(uint32(0), &cfg); err != nil {
+		return nil, fmt.Errorf("read config: %w", err)
+	}
+	w.generation, w.seed = cfg.Generation, cfg.HashSeed
+	return w, w.Resync()
+}
+
+// Resync reads back what the maps hold, so that the next Apply mends what anything else changed.
+func (w *Writer) Resync() error {
+	h := &realised{}
+	var err error
+	if h.networks, err = readArray[bpf.DatapathNetwork](w.m.m["network_slots"]); err != nil {
+		return err
+	}
+	if h.slots, err = readArray[bpf.DatapathEndpoint](w.m.m["endpoint_slots"]); err != nil {
+		return err
+	}
+	if h.portSlots, err = readArray[bpf.DatapathPortSlot](w.m.m["port_slots"]); err != nil {
+		return err
+	}
+	if err := errors.Join(
+		readHash(w.m.m["endpoints"], &h.addrs), readHash(w.m.m["links"], &h.links),
+		readHash(w.m.m["subnets"], &h.subnets), readHash(w.m.m["host_addrs"], &h.hostAddrs),
+		readHash(w.m.m["pairs"], &h.pairs), readHash(w.m.m["ports"], &h.ports),
+		readHash(w.m.m["allowed_sources"], &h.sources),
+	); err != nil {
+		return err
+	}
+	w.have = h
+	w.classBytes = nil
+	return nil
+}
+
+// readArray reads the elements of an array that are not zero.
+func readArray[V comparable](m *ebpf.Map) (map[uint32]V, error) {
+	keys := make([]uint32, m.MaxEntries())
+	values := make([]V, m.MaxEntries())
+	var cursor ebpf.MapBatchCursor
+	n, err := m.BatchLookup(&cursor, keys, values, nil)
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil, fmt.Errorf("read %s: %w", m, err)
+	}
+	var zero V
+	out := make(map[uint32]V)
+	for i := range n {
+		if values[i] != zero {
+			out[keys[i]] = values[i]
+		}
+	}
+	return out, nil
+}
+
+func readHash[K, V comparable](m *ebpf.Map, into *map[K]V) error {
+	out := make(map[K]V)
+	var k K
+	var v V
+	it := m.Iterate()
+	for it.Next(&k, &v) {
+		out[k] = v
+	}
+	if err := it.Err(); err != nil {
+		return fmt.Errorf("read %s: %w", m, err)
+	}
+	*into = out
+	return nil
+}
+
+func desired(t policy.Tables) *realised {
+	d := &realised{
+		networks:  make(map[uint32]bpf.DatapathNetwork),
+		slots:     make(map[uint32]bpf.DatapathEndpoint),
+		portSlots: make(map[uint32]bpf.DatapathPortSlot),
+		addrs:     make(map[bpf.DatapathAddr]uint32),
+		links:     make(map[uint32]uint32),
+		subnets:   make(map[bpf.DatapathSubnetKey]uint32),
+		hostAddrs: make(map[bpf.DatapathAddr]bpf.DatapathHostAddr),
+		pairs:     make(map[bpf.DatapathPair]uint8),
+		ports:     make(map[bpf.DatapathPortKey]bpf.DatapathPort),
+		sources:   make(map[bpf.DatapathSourceKey]uint8),
+	}
+	for slot, n := range t.Networks {
+		d.networks[uint32(slot)] = networkValue(n)
+	}
+	for slot, e := range t.Endpoints {
+		d.slots[uint32(slot)] = endpointValue(e)
+	}
+	for a, slot := range t.Addrs {
+		d.addrs[addr(a)] = uint32(slot)
+	}
+	for ifindex, slot := range t.Links {
+		d.links[uint32(ifindex)] = uint32(slot)
+	}
+	for p, slot := range t.Subnets {
+		d.subnets[bpf.DatapathSubnetKey{Prefixlen: mappedBits(p), Addr: addr(p.Addr())}] = uint32(slot)
+	}
+	for a, ifindex := range t.HostAddrs {
+		d.hostAddrs[addr(a)] = bpf.DatapathHostAddr{Ifindex: uint32(ifindex)}
+	}
+	for p := range t.Pairs {
+		d.pairs[bpf.DatapathPair{A: p[0], B: p[1]}] = 1
+	}
+	for k, p := range t.Ports {
+		d.ports[portKey(k)] = portValue(p)
+		d.portSlots[uint32(p.Slot)] = bpf.DatapathPortSlot{Live: 1}
+	}
+	for s := range t.Sources {
+		d.sources[bpf.DatapathSourceKey{
+			Prefixlen: 32 + mappedBits(s.Prefix), Endpoint: uint32(s.Endpoint), Addr: addr(s.Prefix.Addr()),
+		}] = 1
+	}
+	return d
+}
+
+// Result says what an Apply did.
+type Result struct {
+	Changed int // entries written or deleted
+	// Removed is set if an endpoint or a published port went: its flows must be purged before the
+	// next Apply, which may use its slot again.
+	Removed bool
+}
+
+// Apply brings the maps to the tables and settings. What is new is added from the general to the
+// specific (an endpoint's row before the link that makes it speak, that before the port that leads
+// to it), and what is gone goes the other way, so that no entry ever leads to nothing. It is
+// idempotent and goes on after an error.
+func (w *Writer) Apply(t policy.Tables, s Settings) (Result, error) {
+	want := desired(t)
+	var res Result
+	var errs []error
+	do := func(n int, err error) {
+		res.Changed += n
+		errs = append(errs, err)
+	}
+	m := w.m.m
+
+	// Away with what is gone, the most specific first.
+	do(remove(m["ports"], w.have.ports, want.ports))
+	removedPorts, err := zero(m["port_slots"], w.have.portSlots, want.portSlots)
+	do(removedPorts, err)
+	do(remove(m["allowed_sources"], w.have.sources, want.sources))
+	do(remove(m["pairs"], w.have.pairs, want.pairs))
+	do(remove(m["links"], w.have.links, want.links))
+	removedSlots, err := zero(m["endpoint_slots"], w.have.slots, want.slots)
+	do(removedSlots, err)
+	do(remove(m["endpoints"], w.have.addrs, want.addrs))
+	do(remove(m["host_addrs"], w.have.hostAddrs, want.hostAddrs))
+	res.Removed = removedPorts > 0 || removedSlots > 0 || replaced(w.have.slots, want.slots)
+
+	// What is new, the most general first. Subnets are guarded before anybody lives in them.
+	do(put(m["network_slots"], w.have.networks, want.networks))
+	do(put(m["subnets"], w.have.subnets, want.subnets))
+	do(w.writeClass(t, s))
+	do(put(m["host_addrs"], w.have.hostAddrs, want.hostAddrs))
+	do(put(m["endpoints"], w.have.addrs, want.addrs))
+	do(put(m["allowed_sources"], w.have.sources, want.sources))
+	do(put(m["pairs"], w.have.pairs, want.pairs))
+	do(put(m["endpoint_slots"], w.have.slots, want.slots))
+	do(put(m["links"], w.have.links, want.links))
+	do(put(m["port_slots"], w.have.portSlots, want.portSlots))
+	do(put(m["ports"], w.have.ports, want.ports))
+
+	do(remove(m["subnets"], w.have.subnets, want.subnets))
+	do(zero(m["network_slots"], w.have.networks, want.networks))
+	do(w.writeConfig(s, res.Changed > 0))
+	return res, errors.Join(errs...)
+}
+
+func remove[K, V comparable](m *ebpf.Map, have, want map[K]V) (int, error) {
+	n := 0
+	var errs []error
+	for k := range have {
+		if _, ok := want[k]; ok {
+			continue
+		}
+		if err := m.Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			errs = append(errs, fmt.Errorf("delete from %s: %w", m, err))
+			continue
+		}
+		delete(have, k)
+		n++
+	}
+	return n, errors.Join(errs...)
+}
+
+// replaced reports whether an endpoint changed: to the flows of the old one that is as good as gone.
+func replaced(have, want map[uint32]bpf.DatapathEndpoint) bool {
+	for slot, h := range have {
+		if w, ok := want[slot]; ok && w != h {
+			return true
+		}
+	}
+	return false
+}
+
+// zero is remove for arrays.
+func zero[V comparable](m *ebpf.Map, have, want map[uint32]V) (int, error) {
+	n := 0
+	var errs []error
+	var none V
+	for k := range have {
+		if _, ok := want[k]; ok {
+			continue
+		}
+		if err := m.Put(k, none); err != nil {
+			errs = append(errs, fmt.Errorf("clear %s: %w", m, err))
+			continue
+		}
+		delete(have, k)
+		n++
+	}
+	return n, errors.Join(errs...)
+}
+
+func put[K, V comparable](m *ebpf.Map, have, want map[K]V) (int, error) {
+	n := 0
+	var errs []error
+	for k, v := range want {
+		if h, ok := have[k]; ok && h == v {
+			continue
+		}
+		if err := m.Put(k, v); err != nil {
+			errs = append(errs, fmt.Errorf("write %s: %w", m, err))
+			continue
+		}
+		have[k] = v
+		n++
+	}
+	return n, errors.Join(errs...)
+}
+
+// Offsets within struct port_class.
+const (
+	classPorts   = 0
+	classSubnets = 2 * 65536
+	classSize    = classSubnets + 8192
+)
+
+// writeClass writes the bytes of port_class that changed, through memory: the engine's part belongs
+// to the programs.
+func (w *Writer) writeClass(t policy.Tables, s Settings) (int, error) {
+	want := make([]byte, classSize)
+	for _, r := range s.SNAT {
+		for i := range r.Count {
+			port := r.First + uint16(i)
+			if _, reserved := s.Reserved[port]; !reserved {
+				want[classPorts+int(port)] = byte(bpf.DatapathPortBitsPORT_SNAT)
+			}
+		}
+	}
+	for k := range t.Ports {
+		i := classPorts + int(k.Host.Port())
+		want[i] &^= byte(bpf.DatapathPortBitsPORT_SNAT)
+		switch k.Proto {
+		case policy.TCP:
+			want[i] |= byte(bpf.DatapathPortBitsPORT_TCP)
+		case policy.UDP:
+			want[i] |= byte(bpf.DatapathPortBitsPORT_UDP)
+		case policy.SCTP:
+			want[i] |= byte(bpf.DatapathPortBitsPORT_SCTP)
+		}
+	}
+	for p := range t.Subnets {
+		bits, all := subnetBits(p)
+		if all {
+			for i := classSubnets; i < classSize; i++ {
+				want[i] = 0xff
+			}
+		}
+		for _, b := range bits {
+			want[classSubnets+int(b>>3)] |= 1 << (b & 7)
+		}
+	}
+	if w.classBytes == nil {
+		have := make([]byte, classSize)
+		if _, err := w.class.ReadAt(have, 0); err != nil {
+			return 0, fmt.Errorf("read port_class: %w", err)
+		}
+		w.classBytes = have
+	}
+	n := 0
+	for i := range want {
+		if i >= 65536 && i < classSubnets || want[i] == w.classBytes[i] {
+			continue
+		}
+		if _, err := w.class.WriteAt(want[i:i+1], int64(i)); err != nil {
+			return n, fmt.Errorf("write port_class: %w", err)
+		}
+		w.classBytes[i] = want[i]
+		n++
+	}
+	return n, nil
+}
+
+// HashSeed is the seed in use, 0 before the first Apply. Kept, one internal socket keeps its outer
+// port over a restart.
+func (w *Writer) HashSeed() uint32 { return w.seed }
+
+// Renew makes every flow be judged again by its next packet: routes or neighbours have changed.
+func (w *Writer) Renew() error {
+	_, err := w.writeConfig(w.settings, true)
+	return err
+}
+
+func (w *Writer) writeConfig(s Settings, renew bool) (int, error) {
+	if renew {
+		w.generation++
+	}
+	w.settings = s
+	cfg := bpf.DatapathConfig{
+		NetnsCookie: s.NetnsCookie, Generation: w.generation, HashSeed: s.HashSeed,
+		ReservationWait: s.ReservationWait,
+		MaxFlows:        [2]uint32{w.m.m["flows4"].MaxEntries(), w.m.m["flows6"].MaxEntries()},
+	}
+	if s.DropTransit4 {
+		cfg.Flags |= bpf.DatapathConfigFlagsCONFIG_DROP_TRANSIT4
+	}
+	if s.DropTransit6 {
+		cfg.Flags |= bpf.DatapathConfigFlagsCONFIG_DROP_TRANSIT6
+	}
+	for i, r := range s.SNAT[:min(len(s.SNAT), len(cfg.Snat))] {
+		cfg.Snat[i].First, cfg.Snat[i].Count = r.First, uint32(r.Count)
+	}
+	t := s.Timeouts
+	cfg.Timeouts.TcpSyn, cfg.Timeouts.TcpEstablished = t.TCPSyn, t.TCPEstablished
+	cfg.Timeouts.TcpFin, cfg.Timeouts.TcpClosed = t.TCPFin, t.TCPClosed
+	cfg.Timeouts.UdpNew, cfg.Timeouts.Udp = t.UDPNew, t.UDP
+	cfg.Timeouts.Icmp, cfg.Timeouts.Other = t.ICMP, t.Other
+	var have bpf.DatapathConfig
+	if err := w.m.m["config"].Lookup(uint32(0), &have); err != nil {
+		return 0, fmt.Errorf("read config: %w", err)
+	}
+	if have == cfg {
+		return 0, nil
+	}
+	if err := w.m.m["config"].Put(uint32(0), cfg); err != nil {
+		return 0, fmt.Errorf("write config: %w", err)
+	}
+	return 1, nil
+}

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package netdev
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Our clsact filters have a priority and handle of their own, so that replacing or removing them
+// touches nobody else's. A low priority number runs first.
+const (
+	filterPriority = 0xb9f
+	filterHandle   = 0xb9f
+)
+
+// Clsact attaches programs by clsact filters (tc-bpf(8)), where the kernel has no tcx.
+type Clsact struct{}
+
+func filterParent(egress bool) uint32 {
+	if egress {
+		return netlink.HANDLE_MIN_EGRESS
+	}
+	return netlink.HANDLE_MIN_INGRESS
+}
+
+// AttachFilter puts the program on the device in direct-action mode, replacing an older filter of
+// ours. It makes the clsact qdisc if there is none.
+func (Clsact) AttachFilter(ifindex int, egress bool, fd int, name string) error {
+	qdisc := &netlink.GenericQdisc{
+		QdiscAttrs: netlink.QdiscAttrs{
+			LinkIndex: ifindex, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
+		},
+		QdiscType: "clsact",
+	}
+	if err := netlink.QdiscAdd(qdisc); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("add clsact: %w", err)
+	}
+	filter := &netlink.BpfFilter{
+		FilterAttrs: netlink.FilterAttrs{
+			LinkIndex: ifindex, Parent: filterParent(egress), Handle: filterHandle,
+			Protocol: unix.ETH_P_ALL, Priority: filterPriority,
+		},
+		Fd: fd, Name: name, DirectAction: true,
+	}
+	if err := netlink.FilterReplace(filter); err != nil {
+		return fmt.Errorf("add filter: %w", err)
+	}
+	return nil
+}
+
+// DetachFilter removes our filter and leaves the qdisc: others may use it. That there is none, or no
+// device, is no error.
+func (Clsact) DetachFilter(ifindex int, egress bool) error {
+	filter := &netlink.BpfFilter{FilterAttrs: netlink.FilterAttrs{
+		LinkIndex: ifindex, Parent: filterParent(egress), Handle: filterHandle,
+		Protocol: unix.ETH_P_ALL, Priority: filterPriority,
+	}}
+	err := netlink.FilterDel(filter)
+	if err == nil || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EINVAL) {
+		return nil
+	}
+	return fmt.Errorf("remove filter: %w", err)
+}

@@ -1,0 +1,352 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package policy
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// The sizes of the slot tables; slot 0 stands for "none". bpf/lib/types.h has the same numbers, and
+// the maps package checks that they agree.
+const (
+	MaxEndpoints = 4096
+	MaxNetworks  = 1024
+	MaxPorts     = 16384
+)
+
+// Slots gives networks, endpoints and published ports the small numbers by which the data path knows
+// them. A thing keeps its number as long as it lives.
+type Slots struct {
+	Networks  map[string]uint16 `json:"networks"`
+	Endpoints map[string]uint16 `json:"endpoints"`
+	Ports     map[string]uint16 `json:"ports"`
+}
+
+// Intents is everything that Compile turns into tables.
+type Intents struct {
+	State   State
+	Devices Devices
+	// Allowed are pairs of names of networks that may talk, both directions.
+	Allowed [][2]string
+	// Attached says on which bridge ports, by index, the programs are in place.
+	Attached map[int]bool
+}
+
+// NetworkRow is a network as the data path knows it.
+type NetworkRow struct {
+	Ifindex    int // of the bridge, 0 while there is none
+	MAC        MAC
+	MTU        int // bytes
+	NoICC      bool
+	Masquerade bool
+	Internal   bool
+	Gateway4   netip.Addr // invalid: none
+	Gateway6   netip.Addr
+}
+
+// EndpointRow is an endpoint whose interface is known and guarded: it is READY.
+type EndpointRow struct {
+	Ifindex int // of the host side
+	Sandbox uint32
+	Network uint16
+	MAC     MAC
+	Addr4   netip.Addr // invalid: none
+	Addr6   netip.Addr
+}
+
+// PortKey is what a client dials.
+type PortKey struct {
+	Proto Proto
+	Host  netip.AddrPort // 0.0.0.0 and :: stand for every host address of the family
+}
+
+// PortRow is where a published port leads.
+type PortRow struct {
+	Target   netip.AddrPort
+	Endpoint uint16
+	Slot     uint16
+}
+
+// SourceKey is an additional source that an endpoint may send from.
+type SourceKey struct {
+	Endpoint uint16
+	Prefix   netip.Prefix
+}
+
+// Tables is the desired content of the maps.
+type Tables struct {
+	Networks  map[uint16]NetworkRow
+	Endpoints map[uint16]EndpointRow
+	Addrs     map[netip.Addr]uint16 // container address → endpoint slot, READY or not
+	Links     map[int]uint16        // host-side interface → endpoint slot
+	Subnets   map[netip.Prefix]uint16
+	HostAddrs map[netip.Addr]int
+	Pairs     map[[2]uint16]struct{} // lower slot first
+	Ports     map[PortKey]PortRow
+	Sources   map[SourceKey]struct{}
+
+	// Waiting says why an endpoint, by ID, is not READY.
+	Waiting map[string]string
+	// Conflicts are published ports that cannot be served, each in one line.
+	Conflicts []string
+}
+
+// assign gives every id its slot of the last round, or the lowest that was free in it: a slot freed
+// now is not taken before its flows are purged. Ids beyond limit are left out and returned.
+func assign(last map[string]uint16, ids []string, limit int) (map[string]uint16, []string) {
+	taken := make(map[uint16]bool, len(last))
+	for _, slot := range last {
+		taken[slot] = true
+	}
+	next := make(map[string]uint16, len(ids))
+	var refused []string
+	free := uint16(1)
+	for _, id := range ids {
+		if slot, ok := last[id]; ok {
+			next[id] = slot
+			continue
+		}
+		for int(free) < limit && taken[free] {
+			free++
+		}
+		if int(free) >= limit {
+			refused = append(refused, id)
+			continue
+		}
+		next[id] = free
+		taken[free] = true
+	}
+	return next, refused
+}
+
+// ID names the port among all: what is dialled and where it leads.
+func (p Port) ID() string {
+	return fmt.Sprintf("%s/%s/%s/%d", p.Proto, p.Host, p.EndpointID, p.Target)
+}
+
+func (e Endpoint) addr(is4 bool) netip.Addr {
+	for _, a := range e.Addrs {
+		if a = a.Unmap(); a.Is4() == is4 && !a.IsLinkLocalUnicast() {
+			return a
+		}
+	}
+	return netip.Addr{}
+}
+
+// Compile turns intents into tables. It is pure: the same input gives the same output, whatever the
+// order of the lists. The slots are those for the next call.
+func Compile(in Intents, last Slots) (Tables, Slots) {
+	networks := slices.Clone(in.State.Networks)
+	slices.SortFunc(networks, func(a, b Network) int { return strings.Compare(a.ID, b.ID) })
+	endpoints := slices.Clone(in.State.Endpoints)
+	slices.SortFunc(endpoints, func(a, b Endpoint) int { return strings.Compare(a.ID, b.ID) })
+	ports := slices.Clone(in.State.Ports)
+	slices.SortFunc(ports, func(a, b Port) int { return strings.Compare(a.ID(), b.ID()) })
+
+	t := Tables{
+		Networks:  make(map[uint16]NetworkRow),
+		Endpoints: make(map[uint16]EndpointRow),
+		Addrs:     make(map[netip.Addr]uint16),
+		Links:     make(map[int]uint16),
+		Subnets:   make(map[netip.Prefix]uint16),
+		HostAddrs: make(map[netip.Addr]int),
+		Pairs:     make(map[[2]uint16]struct{}),
+		Ports:     make(map[PortKey]PortRow),
+		Sources:   make(map[SourceKey]struct{}),
+		Waiting:   make(map[string]string),
+	}
+	var slots Slots
+	var refused []string
+
+	slots.Networks, refused = assign(last.Networks, ids(networks, func(n Network) string { return n.ID }), MaxNetworks)
+	for _, id := range refused {
+		t.Conflicts = append(t.Conflicts, fmt.Sprintf("network %s: more than %d networks", id, MaxNetworks-1))
+	}
+	byID := make(map[string]Network)
+	for _, n := range networks {
+		slot, ok := slots.Networks[n.ID]
+		if !ok {
+			continue
+		}
+		byID[n.ID] = n
+		t.Networks[slot] = networkRow(n, in.Devices.Bridges)
+		for _, s := range n.Subnets {
+			t.Subnets[s.Masked()] = slot
+		}
+	}
+	t.pairs(in.Allowed, networks, slots.Networks)
+	for _, a := range in.Devices.HostAddrs {
+		if !a.Addr.IsLoopback() {
+			t.HostAddrs[a.Addr.Unmap().WithZone("")] = a.Ifindex
+		}
+	}
+
+	slots.Endpoints, refused = assign(last.Endpoints, ids(endpoints, func(e Endpoint) string { return e.ID }), MaxEndpoints)
+	for _, id := range refused {
+		t.Waiting[id] = fmt.Sprintf("more than %d endpoints", MaxEndpoints-1)
+	}
+	sandboxes := sandboxIDs(endpoints, slots.Endpoints)
+	targets := make(map[string]Endpoint)
+	for _, e := range endpoints {
+		slot, ok := slots.Endpoints[e.ID]
+		if !ok {
+			continue
+		}
+		n, ok := byID[e.NetworkID]
+		if !ok {
+			t.Waiting[e.ID] = "its network is not served"
+			continue
+		}
+		targets[e.ID] = e
+		t.endpoint(e, slot, n, slots.Networks[n.ID], sandboxes[e.SandboxID], in)
+	}
+
+	slots.Ports, refused = assign(last.Ports, ids(ports, Port.ID), MaxPorts)
+	for _, id := range refused {
+		t.Conflicts = append(t.Conflicts, fmt.Sprintf("port %s: more than %d published ports", id, MaxPorts-1))
+	}
+	for _, p := range ports {
+		slot, ok := slots.Ports[p.ID()]
+		if !ok {
+			continue
+		}
+		e, ok := targets[p.EndpointID]
+		if !ok || byID[e.NetworkID].Internal {
+			continue
+		}
+		t.port(p, slot, e, slots.Endpoints[e.ID])
+	}
+	slices.Sort(t.Conflicts)
+	return t, slots
+}
+
+func ids[T any](list []T, id func(T) string) []string {
+	out := make([]string, 0, len(list))
+	for _, v := range list {
+		out = append(out, id(v))
+	}
+	return out
+}
+
+func networkRow(n Network, bridges []Bridge) NetworkRow {
+	row := NetworkRow{NoICC: n.NoICC, Masquerade: !n.NoMasquerade && !n.Internal, Internal: n.Internal, MTU: n.MTU}
+	for _, g := range n.Gateways {
+		if g = g.Unmap(); g.Is4() {
+			row.Gateway4 = g
+		} else {
+			row.Gateway6 = g
+		}
+	}
+	for _, b := range bridges {
+		if b.Name == n.Bridge {
+			row.Ifindex, row.MAC = b.Ifindex, b.MAC
+			if b.MTU != 0 {
+				row.MTU = b.MTU
+			}
+		}
+	}
+	return row
+}
+
+func (t *Tables) pairs(allowed [][2]string, networks []Network, slots map[string]uint16) {
+	byName := make(map[string]uint16)
+	for _, n := range networks {
+		if slot, ok := slots[n.ID]; ok {
+			byName[n.Name] = slot
+		}
+	}
+	for _, pair := range allowed {
+		a, okA := byName[pair[0]]
+		b, okB := byName[pair[1]]
+		if okA && okB && a != b {
+			t.Pairs[[2]uint16{min(a, b), max(a, b)}] = struct{}{}
+		}
+	}
+}
+
+// sandboxIDs numbers network namespaces by the lowest slot of their endpoints, so that the number
+// lives as long as that endpoint.
+func sandboxIDs(endpoints []Endpoint, slots map[string]uint16) map[string]uint32 {
+	out := make(map[string]uint32)
+	for _, e := range endpoints {
+		slot, ok := slots[e.ID]
+		if have, seen := out[e.SandboxID]; ok && (!seen || uint32(slot) < have) {
+			out[e.SandboxID] = uint32(slot)
+		}
+	}
+	return out
+}
+
+func (t *Tables) endpoint(e Endpoint, slot uint16, n Network, net uint16, sandbox uint32, in Intents) {
+	for _, a := range e.Addrs {
+		if a = a.Unmap(); a.IsValid() && !a.IsLinkLocalUnicast() {
+			t.Addrs[a] = slot
+		}
+	}
+	var link *Link
+	for i, l := range in.Devices.Links {
+		if l.Bridge == n.Bridge && l.PeerMAC == e.MAC && !e.MAC.IsZero() {
+			link = &in.Devices.Links[i]
+		}
+	}
+	switch {
+	case link == nil:
+		t.Waiting[e.ID] = fmt.Sprintf("no port of %s has %s behind it", n.Bridge, e.MAC)
+		return
+	case t.Networks[net].Ifindex == 0:
+		t.Waiting[e.ID] = fmt.Sprintf("there is no bridge %s", n.Bridge)
+		return
+	case !in.Attached[link.Ifindex]:
+		t.Waiting[e.ID] = fmt.Sprintf("no programs on %s yet", link.Name)
+		return
+	}
+	t.Links[link.Ifindex] = slot
+	t.Endpoints[slot] = EndpointRow{
+		Ifindex: link.Ifindex, Sandbox: sandbox, Network: net, MAC: e.MAC,
+		Addr4: e.addr(true), Addr6: e.addr(false),
+	}
+	for _, p := range e.Allowed {
+		t.Sources[SourceKey{Endpoint: slot, Prefix: p.Masked()}] = struct{}{}
+	}
+}
+
+// port adds a published port. Over IPv6 a container without such an address is reached by its IPv4
+// one: the host's own sockets can be sent there, packets from outside cannot.
+func (t *Tables) port(p Port, slot uint16, e Endpoint, endpoint uint16) {
+	host := netip.AddrPortFrom(p.Host.Addr().Unmap(), p.Host.Port())
+	key := PortKey{Proto: p.Proto, Host: host}
+	target := e.addr(host.Addr().Is4())
+	if !target.IsValid() && host.Addr().Is6() {
+		target = e.addr(true)
+	}
+	if !target.IsValid() || host.Port() == 0 || p.Target == 0 {
+		t.Conflicts = append(t.Conflicts, fmt.Sprintf("port %s of %s: the container has no such address", p, e.Name))
+		return
+	}
+	if held, ok := t.Ports[key]; ok {
+		t.Conflicts = append(t.Conflicts, fmt.Sprintf("port %s of %s: already leads to %s", p, e.Name, held.Target))
+		return
+	}
+	t.Ports[key] = PortRow{Target: netip.AddrPortFrom(target, p.Target), Endpoint: endpoint, Slot: slot}
+}
+
+// Equal reports whether two tables would have the data path do the same.
+func (t Tables) Equal(o Tables) bool {
+	return maps.Equal(t.Networks, o.Networks) && maps.Equal(t.Endpoints, o.Endpoints) &&
+		maps.Equal(t.Addrs, o.Addrs) && maps.Equal(t.Links, o.Links) &&
+		maps.Equal(t.Subnets, o.Subnets) && maps.Equal(t.HostAddrs, o.HostAddrs) &&
+		maps.Equal(t.Pairs, o.Pairs) && maps.Equal(t.Ports, o.Ports) && maps.Equal(t.Sources, o.Sources)
+}
+
+// SortedPorts lists the published ports by what is dialled.
+func (t Tables) SortedPorts() []PortKey {
+	return slices.SortedFunc(maps.Keys(t.Ports), func(a, b PortKey) int {
+		return cmp.Or(cmp.Compare(a.Host.Port(), b.Host.Port()), cmp.Compare(a.Proto, b.Proto),
+			a.Host.Addr().Compare(b.Host.Addr()))
+	})
+}
