@@ -73,11 +73,7 @@ type Change struct {
 }
 
 // Slots are the places of named things in the maps.
-type Slots struct {
-	Networks  map[string]uint16 `json:"networks,omitempty"`
-	Endpoints map[string]uint16 `json:"endpoints,omitempty"`
-	Ports     map[string]uint16 `json:"ports,omitempty"`
-}
+type Slots = policy.Slots
 
 // Store is the open file. It is safe for concurrent use.
 type Store struct {
