@@ -10,7 +10,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -146,7 +145,7 @@ func (d *Daemon) remember() error {
 	if err != nil {
 		return err
 	}
-	d.slots = policy.Slots(slots)
+	d.slots = slots
 	if d.docker != nil {
 		if d.state, _, err = d.store.State(policy.SourceDocker); err != nil {
 			return err
@@ -201,11 +200,11 @@ func (d *Daemon) run(ctx context.Context) error {
 	if _, err := d.loader.Expire(); err != nil {
 		return err
 	}
-	server, err := api.Listen(d.cfg.Socket, d)
+	listener, err := api.Listen(d.cfg.Socket)
 	if err != nil {
 		return err
 	}
-	group.Go(func() error { return server.Serve(ctx) })
+	group.Go(func() error { return api.NewServer(d).Run(ctx, listener) })
 	group.Go(func() error { return d.watch(ctx, events) })
 	group.Go(func() error { return d.reconcileLoop(ctx) })
 	group.Go(func() error { return d.expireLoop(ctx) })
@@ -400,7 +399,7 @@ func (d *Daemon) apply(in policy.Intents, settings bpfmaps.Settings) error {
 	tables, slots := policy.Compile(in, d.slots)
 	d.tables = tables
 	if !slotsEqual(slots, d.slots) {
-		if err := d.store.SetSlots(store.Slots(slots)); err != nil {
+		if err := d.store.SetSlots(slots); err != nil {
 			return err
 		}
 		if err := d.store.SetState(policy.SourceDocker, in.State); err != nil {
@@ -581,50 +580,50 @@ func (d *Daemon) networkNames() []string {
 	return names
 }
 
-func (d *Daemon) checkNetworks(a, b string) error {
+// checkName fails with api.UnknownNetworkError where no network has the name.
+func (d *Daemon) checkName(name string) error {
 	names := d.networkNames()
-	for _, n := range []string{a, b} {
-		if !slices.Contains(names, n) {
-			return fmt.Errorf("network %s: unknown; %s", n, nearest(n, names))
-		}
+	if slices.Contains(names, name) {
+		return nil
 	}
-	if a == b {
-		return fmt.Errorf("network %s: is one network; name two", a)
-	}
-	return nil
+	return &api.UnknownNetworkError{Name: name, Nearest: netdev.Nearest(name, names)}
 }
 
-func nearest(name string, have []string) string {
-	if len(have) == 0 {
-		return "there are no networks"
-	}
-	return "nearest: " + strings.Join(netdev.Nearest(name, have), ", ")
+// Status says who serves.
+func (d *Daemon) Status(context.Context) (api.Status, error) {
+	return api.Status{Version: d.cfg.Version, PID: os.Getpid(), Started: d.started}, nil
 }
 
-// Allow lets two networks talk, both directions, from the next packet on.
-func (d *Daemon) Allow(ctx context.Context, a, b string) (bool, error) {
-	if err := d.checkNetworks(a, b); err != nil {
-		return false, err
-	}
-	news, err := d.store.Allow(a, b)
-	if err != nil {
-		return false, err
-	}
-	return news, d.Flush(ctx)
-}
-
-// Disallow is the inverse of Allow; flows that it had made possible end.
-func (d *Daemon) Disallow(ctx context.Context, a, b string) (bool, error) {
-	was, err := d.store.Disallow(a, b)
-	if err != nil {
-		return false, err
-	}
-	if !was {
-		if err := d.checkNetworks(a, b); err != nil {
+// Allow lets two networks talk, both directions, from when it returns on.
+func (d *Daemon) Allow(ctx context.Context, p api.Pair) (bool, error) {
+	for _, name := range []string{p.A, p.B} {
+		if err := d.checkName(name); err != nil {
 			return false, err
 		}
 	}
-	return was, d.Flush(ctx)
+	if p.A == p.B {
+		return false, fmt.Errorf("network %q: is one network; name two", p.A)
+	}
+	changed, err := d.store.Allow(p.A, p.B)
+	if err != nil {
+		return false, err
+	}
+	return changed, d.Flush(ctx)
 }
 
-func pid() int { return os.Getpid() }
+// Disallow takes Allow back; flows that it had made possible end. The names of networks that are gone
+// will do.
+func (d *Daemon) Disallow(ctx context.Context, p api.Pair) (bool, error) {
+	changed, err := d.store.Disallow(p.A, p.B)
+	if err != nil {
+		return false, err
+	}
+	if !changed {
+		for _, name := range []string{p.A, p.B} {
+			if err := d.checkName(name); err != nil {
+				return false, err
+			}
+		}
+	}
+	return changed, d.Flush(ctx)
+}

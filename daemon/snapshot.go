@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"maps"
 	"net"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -36,7 +37,7 @@ func goneDevice(err error) bool {
 // writeSnapshot tells readers what the maps' slots stand for.
 func (d *Daemon) writeSnapshot(state policy.State) error {
 	s := &api.Snapshot{
-		Version: d.cfg.Version, PID: pid(), Started: d.started, Written: time.Now(),
+		Version: d.cfg.Version, PID: os.Getpid(), Started: d.started, Written: time.Now(),
 		Attach: d.loader.AttachName(),
 	}
 	networks := make(map[string]policy.Network)

@@ -28,7 +28,7 @@ struct plan {
 	__u16 port; /* slot of the published port */
 	__u16 mtu;
 	__u16 reverse_mtu;
-	__u8 reverse_hook;
+	__u8 reverse_hook; /* where answers will be seen */
 	__u8 flags; /* FLOW_ROUTED, FLOW_SNAT, FLOW_FIB */
 	__u8 reverse_flags;
 	__u8 pad;

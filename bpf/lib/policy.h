@@ -327,7 +327,7 @@ static __always_inline int plan_published(struct __sk_buff *skb, struct scratch 
 			n->flags |= FLOW_SNAT;
 		}
 	} else if (p->hook == HOOK_HOST) {
-		n->reverse_hook = HOOK_HOST;
+		n->reverse_hook = HOOK_CONTAINER;
 		n->reverse_ifindex = LO_IFINDEX;
 		if (addr_is_loopback(&p->saddr, v6)) {
 			if (v6)
@@ -338,7 +338,7 @@ static __always_inline int plan_published(struct __sk_buff *skb, struct scratch 
 		}
 	} else {
 		n->flags |= FLOW_ROUTED;
-		n->reverse_hook = HOOK_UPLINK;
+		n->reverse_hook = HOOK_CONTAINER;
 		n->reverse_flags |= FLOW_ROUTED;
 		s->route.from = p->daddr;
 		s->route.to = p->saddr;
