@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"github.com/bpfnet/bpfnet/api"
+	"github.com/bpfnet/bpfnet/loader"
+	"github.com/bpfnet/bpfnet/store"
+)
+
+func (a *App) cleanupCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "cleanup",
+		Short: "Remove everything that the daemon left on this host",
+		Long: `Remove everything that the daemon left on this host: programs, links, maps, the
+state directory's files and the socket. Settings of the host (sysctls) that the
+daemon changed get their old values back, unless somebody else has changed them
+since. Containers lose their published ports and the way out until a daemon runs
+again.
+
+Refused while a daemon runs: stop it first.`,
+		Args: exactArgs(),
+		RunE: func(cmd *cobra.Command, _ []string) error { return a.cleanup(cmd.Context()) },
+	}
+}
+
+func (a *App) cleanup(ctx context.Context) error {
+	if err := a.checkPrivilege(); err != nil {
+		return err
+	}
+	cgroup, err := a.findCgroup()
+	if err != nil && !errors.Is(err, errNoCgroup) {
+		return err
+	}
+	if _, err := api.Dial(ctx, a.paths.Socket); err == nil {
+		return fmt.Errorf("a daemon listens on %s; stop it first", a.paths.Socket)
+	}
+	// From here on no daemon can start on this state.
+	st, err := a.openState()
+	if err != nil {
+		return err
+	}
+	if st == nil {
+		return a.removePrograms(cgroup)
+	}
+	defer st.Close()
+	changes, err := st.Sysctls()
+	if err != nil {
+		return err
+	}
+	// Settings first: once the programs are gone, nothing isolates what a forwarding host forwards.
+	if err := a.RestoreSysctls(changes); err != nil {
+		return fmt.Errorf("restore settings: %w; the rest is left as it was, try again", err)
+	}
+	if err := st.SetSysctls(nil); err != nil {
+		return err
+	}
+	if n := len(changes); n > 0 {
+		fmt.Fprintf(a.Stdout, "restored settings: %d\n", n)
+	}
+	if err := a.removePrograms(cgroup); err != nil {
+		return err
+	}
+	return a.removeState(st)
+}
+
+// openState opens the store, or returns nil where there is no state directory, which it does not make.
+func (a *App) openState() (*store.Store, error) {
+	if _, err := os.Stat(a.paths.State); errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	st, err := store.Open(a.paths.State)
+	if errors.Is(err, store.ErrLocked) {
+		return nil, fmt.Errorf("a daemon uses the state %s; stop it first", a.paths.State)
+	}
+	return st, err
+}
+
+func (a *App) removePrograms(cgroup string) error {
+	if err := a.RemovePrograms(loader.Paths{BPFFS: a.paths.BPFFS, Cgroup: cgroup}); err != nil {
+		return fmt.Errorf("remove programs: %w", err)
+	}
+	fmt.Fprintf(a.Stdout, "removed programs, links and maps: %s\n", a.paths.BPFFS)
+	return nil
+}
+
+func (a *App) removeState(st *store.Store) error {
+	snapshot := filepath.Join(a.paths.State, api.SnapshotName)
+	for _, path := range []string{snapshot, snapshot + ".new"} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove state: %w", err)
+		}
+	}
+	// Nobody listens on it, but it may be something else that a flag named by mistake.
+	if info, err := os.Lstat(a.paths.Socket); err == nil && info.Mode().Type() == fs.ModeSocket {
+		if err := os.Remove(a.paths.Socket); err != nil {
+			return fmt.Errorf("remove state: %w", err)
+		}
+	}
+	if err := st.Remove(); err != nil {
+		return fmt.Errorf("remove state: %w", err)
+	}
+	// A directory that the user named is the user's; ours go when nothing else is in them.
+	if a.paths.State == defaultState {
+		_ = os.Remove(a.paths.State)
+	}
+	if a.paths.Socket == defaultSocket {
+		_ = os.Remove(filepath.Dir(a.paths.Socket))
+	}
+	fmt.Fprintf(a.Stdout, "removed state: %s\n", a.paths.State)
+	return nil
+}

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"log/slog"
+	"maps"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/bpfnet/bpfnet/daemon"
+	"github.com/bpfnet/bpfnet/netdev"
+)
+
+func (a *App) daemonCommand() *cobra.Command {
+	var (
+		cfg      daemon.Config
+		timeouts []string
+		logLevel string
+	)
+	cmd := &cobra.Command{
+		Use:   "daemon",
+		Short: "Serve the containers of this host",
+		Long: `Serve the containers of this host, in the foreground.
+
+The daemon attaches its programs to the container interfaces, bridges and uplinks
+of the network namespace that it runs in, and keeps their tables in step with the
+Docker Engine. An Engine that is absent, starts later or restarts is waited for.
+Stopping the daemon leaves the network running; "bpfnet cleanup" removes it.`,
+		Example: `  bpfnet daemon
+  bpfnet daemon --uplink eth0 --flows 1000000 --timeout udp=5m`,
+		Args: exactArgs(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var err error
+			if cfg.Timeouts, err = parseTimeouts(timeouts); err != nil {
+				return err
+			}
+			level, err := parseLogLevel(logLevel)
+			if err != nil {
+				return err
+			}
+			if err := checkDaemon(cfg); err != nil {
+				return err
+			}
+			if err := a.checkPrivilege(); err != nil {
+				return err
+			}
+			cfg.Paths = a.paths
+			if cfg.Cgroup, err = a.findCgroup(); err != nil {
+				return err
+			}
+			cfg.Version = a.Version
+			cfg.Logger = slog.New(slog.NewTextHandler(a.Stderr, &slog.HandlerOptions{Level: level}))
+			cfg.Banner = a.Stdout
+			return a.RunDaemon(cmd.Context(), cfg)
+		},
+	}
+	flags := cmd.Flags()
+	flags.StringVar(&cfg.Docker, "docker", "unix:///run/docker.sock", "`socket` of the Docker Engine, or off")
+	flags.StringArrayVar(&cfg.Uplinks, "uplink", nil, "`device` to take as an uplink, instead of those found; repeatable")
+	flags.StringVar(&cfg.Attach, "attach", "", "`how` to attach: tcx or clsact (default: tcx where the kernel has it, Linux 6.6)")
+	flags.IntVar(&cfg.Flows, "flows", 0, "`number` of flows that the tables hold, rounded up to a power of two (default: by memory)")
+	flags.StringArrayVar(&timeouts, "timeout", nil, "idle time after which a flow is forgotten, as `NAME=DURATION` ("+strings.Join(daemon.TimeoutNames(), ", ")+"); repeatable")
+	flags.BoolVar(&cfg.IPForwardNoDrop, "ip-forward-no-drop", false, "let transit between foreign devices pass where the daemon turned forwarding on")
+	flags.BoolVar(&cfg.DefaultBridgeNoMasquerade, "default-bridge-no-masquerade", false, "keep container addresses of Docker's network \"bridge\" on the way out")
+	flags.BoolVar(&cfg.DefaultBridgeNoICC, "default-bridge-no-icc", false, "forbid traffic between the containers of Docker's network \"bridge\"")
+	flags.StringVar(&logLevel, "log-level", "info", "`level` of the log on standard error: debug, info, warn or error")
+	return cmd
+}
+
+// checkDaemon refuses what cannot be meant.
+func checkDaemon(cfg daemon.Config) error {
+	path, isUnix := strings.CutPrefix(cfg.Docker, "unix://")
+	if cfg.Docker != "off" && !(isUnix && filepath.IsAbs(path)) {
+		return usagef("--docker %q: want unix:///PATH or off", cfg.Docker)
+	}
+	if !slices.Contains([]string{"", "tcx", "clsact"}, cfg.Attach) {
+		return usagef("--attach %q: want tcx or clsact", cfg.Attach)
+	}
+	if cfg.Flows < 0 {
+		return usagef("--flows %d: want a positive number", cfg.Flows)
+	}
+	if slices.Contains(cfg.Uplinks, "") {
+		return usagef("--uplink: empty name")
+	}
+	return nil
+}
+
+func parseTimeouts(list []string) (map[string]time.Duration, error) {
+	names := daemon.TimeoutNames()
+	out := make(map[string]time.Duration)
+	for _, s := range list {
+		name, value, ok := strings.Cut(s, "=")
+		if !ok {
+			return nil, usagef("--timeout %q: want NAME=DURATION", s)
+		}
+		if !slices.Contains(names, name) {
+			return nil, usagef("--timeout %q: no such timeout; the nearest names are %s", s, strings.Join(netdev.Nearest(name, names), ", "))
+		}
+		d, err := time.ParseDuration(value)
+		if err != nil || d <= 0 {
+			return nil, usagef("--timeout %q: want a duration like 30s, 5m or 2h4m", s)
+		}
+		out[name] = d
+	}
+	return out, nil
+}
+
+var logLevels = map[string]slog.Level{
+	"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError,
+}
+
+func parseLogLevel(s string) (slog.Level, error) {
+	level, ok := logLevels[s]
+	if !ok {
+		return 0, usagef("--log-level %q: want one of %s", s, strings.Join(slices.Sorted(maps.Keys(logLevels)), ", "))
+	}
+	return level, nil
+}
