@@ -185,7 +185,7 @@ func desired(t policy.Tables) *realised {
 
 // Result says what an Apply did.
 type Result struct {
-	Changed int // entries written or deleted
+	Changed int // entries of the tables written or deleted; the config is not counted
 	// Removed is set if an endpoint or a published port went: its flows must be purged before the
 	// next Apply, which may use its slot again.
 	Removed bool
@@ -233,7 +233,7 @@ func (w *Writer) Apply(t policy.Tables, s Settings) (Result, error) {
 
 	do(remove(m["subnets"], w.have.subnets, want.subnets))
 	do(zero(m["network_slots"], w.have.networks, want.networks))
-	do(w.writeConfig(s, res.Changed > 0))
+	errs = append(errs, w.writeConfig(s, res.Changed > 0))
 	return res, errors.Join(errs...)
 }
 
@@ -369,11 +369,10 @@ func (w *Writer) HashSeed() uint32 { return w.seed }
 
 // Renew makes every flow be judged again by its next packet: routes or neighbours have changed.
 func (w *Writer) Renew() error {
-	_, err := w.writeConfig(w.settings, true)
-	return err
+	return w.writeConfig(w.settings, true)
 }
 
-func (w *Writer) writeConfig(s Settings, renew bool) (int, error) {
+func (w *Writer) writeConfig(s Settings, renew bool) error {
 	if renew {
 		w.generation++
 	}
@@ -399,13 +398,13 @@ func (w *Writer) writeConfig(s Settings, renew bool) (int, error) {
 	cfg.Timeouts.Icmp, cfg.Timeouts.Other = t.ICMP, t.Other
 	var have bpf.DatapathConfig
 	if err := w.m.m["config"].Lookup(uint32(0), &have); err != nil {
-		return 0, fmt.Errorf("read config: %w", err)
+		return fmt.Errorf("read config: %w", err)
 	}
 	if have == cfg {
-		return 0, nil
+		return nil
 	}
 	if err := w.m.m["config"].Put(uint32(0), cfg); err != nil {
-		return 0, fmt.Errorf("write config: %w", err)
+		return fmt.Errorf("write config: %w", err)
 	}
-	return 1, nil
+	return nil
 }
