@@ -5,6 +5,7 @@ package api
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"strings"
 	"time"
 )
@@ -15,6 +16,7 @@ const (
 	pathStatus   = "/v1/status"           // GET: Status
 	pathAllow    = "/v1/network/allow"    // POST Pair: Result
 	pathDisallow = "/v1/network/disallow" // POST Pair: Result
+	pathPublish  = "/v1/port/publish"     // POST PortBinding: Result
 )
 
 // Status is what only a running daemon can say; the rest is in the snapshot.
@@ -27,6 +29,13 @@ type Status struct {
 // Result of a verb.
 type Result struct {
 	Changed bool `json:"changed"` // false: it was so already
+}
+
+// PortBinding is a published port as the engine's port hook knows it.
+type PortBinding struct {
+	Proto     string         `json:"proto"` // "tcp", "udp" or "sctp"
+	Host      netip.AddrPort `json:"host"`
+	Container netip.AddrPort `json:"container"`
 }
 
 // UnknownNetworkError says that there is no network of that name.

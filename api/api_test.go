@@ -8,6 +8,7 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -47,7 +48,14 @@ func (n *networks) set(p Pair, to bool) (bool, error) {
 	return changed, nil
 }
 
-func (n *networks) Allow(_ context.Context, p Pair) (bool, error)    { return n.set(p, true) }
+func (n *networks) Allow(_ context.Context, p Pair) (bool, error) { return n.set(p, true) }
+func (n *networks) Publish(_ context.Context, p PortBinding) error {
+	if p.Proto == "sctp" {
+		return errors.New("no container has that address")
+	}
+	return nil
+}
+
 func (n *networks) Disallow(_ context.Context, p Pair) (bool, error) { return n.set(p, false) }
 
 // serve runs a server until the test ends and returns its socket.
@@ -210,4 +218,14 @@ func TestSnapshot(t *testing.T) {
 	require.NoError(t, os.WriteFile(filepath.Join(dir, SnapshotName), []byte("{"), 0o600))
 	_, err = ReadSnapshot(dir)
 	require.ErrorContains(t, err, filepath.Join(dir, SnapshotName))
+}
+
+func TestPublish(t *testing.T) {
+	c := dial(t, serve(t, &networks{}))
+	b := PortBinding{
+		Proto: "tcp", Host: netip.MustParseAddrPort("[::]:8080"), Container: netip.MustParseAddrPort("172.17.0.2:80"),
+	}
+	require.NoError(t, c.Publish(t.Context(), b))
+	b.Proto = "sctp"
+	require.EqualError(t, c.Publish(t.Context(), b), "no container has that address")
 }

@@ -67,6 +67,11 @@ func (c *Client) Disallow(ctx context.Context, p Pair) (changed bool, err error)
 	return r.Changed, err
 }
 
+// Publish has a port lead to a container that is about to start. It returns when it does.
+func (c *Client) Publish(ctx context.Context, p PortBinding) error {
+	return c.do(ctx, http.MethodPost, pathPublish, p, &Result{})
+}
+
 func (c *Client) do(ctx context.Context, method, path string, in, out any) error {
 	var body io.Reader
 	if in != nil {

@@ -25,6 +25,8 @@ type Handler interface {
 	// Disallow takes Allow back. It fails with UnknownNetworkError for a name that is neither a
 	// network's nor part of an allowed pair.
 	Disallow(ctx context.Context, p Pair) (changed bool, err error)
+	// Publish has a port lead to a container that is about to start, from when it returns on.
+	Publish(ctx context.Context, p PortBinding) error
 }
 
 const (
@@ -148,17 +150,32 @@ func (s *Server) routes() http.Handler {
 			answer(w, Result{changed}, err)
 		}
 	}
+	mux.HandleFunc("POST "+pathPublish, func(w http.ResponseWriter, r *http.Request) {
+		var p PortBinding
+		if err := readBody(w, r, &p); err != nil {
+			write(w, http.StatusBadRequest, failure{Error: err.Error()})
+			return
+		}
+		answer(w, Result{Changed: true}, s.h.Publish(r.Context(), p))
+	})
 	mux.HandleFunc("POST "+pathAllow, verb(s.h.Allow))
 	mux.HandleFunc("POST "+pathDisallow, verb(s.h.Disallow))
 	return mux
 }
 
-func readPair(w http.ResponseWriter, r *http.Request) (Pair, error) {
-	var p Pair
+func readBody(w http.ResponseWriter, r *http.Request, into any) error {
 	dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
 	dec.DisallowUnknownFields()
-	if err := dec.Decode(&p); err != nil {
-		return p, fmt.Errorf("read request: %w", err)
+	if err := dec.Decode(into); err != nil {
+		return fmt.Errorf("read request: %w", err)
+	}
+	return nil
+}
+
+func readPair(w http.ResponseWriter, r *http.Request) (Pair, error) {
+	var p Pair
+	if err := readBody(w, r, &p); err != nil {
+		return p, err
 	}
 	if p.A == "" || p.B == "" || p.A == p.B {
 		return p, fmt.Errorf("networks %q and %q: want two different names", p.A, p.B)

@@ -61,6 +61,9 @@ type Daemon struct {
 	bridges  map[string]bool
 	resync   bool
 	renew    bool
+	// What the engine's port hook announced, and what leads somewhere as of the last round.
+	announced map[string]announced
+	published map[policy.PortKey]policy.PortRow
 
 	// Of the reconciler alone.
 	slots    policy.Slots
@@ -87,7 +90,7 @@ func Run(ctx context.Context, cfg Config) error {
 func open(cfg Config) (d *Daemon, err error) {
 	d = &Daemon{
 		cfg: cfg, log: cfg.Logger, started: time.Now(), kick: make(chan struct{}, 1),
-		bridges: make(map[string]bool), attached: make(map[int]bool),
+		bridges: make(map[string]bool), attached: make(map[int]bool), announced: make(map[string]announced),
 	}
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
@@ -355,6 +358,7 @@ func (d *Daemon) reconcile() error {
 	d.mu.Lock()
 	state, reported, resync, renew := d.state, d.reported || d.docker == nil, d.resync, d.renew
 	d.resync, d.renew = false, false
+	state = d.withAnnounced(state)
 	served := make(map[string]bool)
 	for _, n := range state.Networks {
 		served[n.Bridge] = true

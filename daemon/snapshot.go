@@ -105,7 +105,7 @@ func (d *Daemon) writeSnapshot(state policy.State) error {
 		return err
 	}
 	d.mu.Lock()
-	d.snapshot = s
+	d.snapshot, d.published = s, d.tables.Ports
 	d.mu.Unlock()
 	return nil
 }

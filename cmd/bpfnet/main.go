@@ -16,7 +16,12 @@ var version = "dev"
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	status := newApp().Run(ctx, os.Args[1:])
+	var status int
+	if isPortHook(os.Args[0]) {
+		status = runPortHook(ctx, os.Args[1:])
+	} else {
+		status = newApp().Run(ctx, os.Args[1:])
+	}
 	stop()
 	os.Exit(status)
 }

@@ -134,6 +134,9 @@ func (b *Bpfnet) Restart(t testing.TB) {
 	b.Start(t)
 }
 
+// Binary is the path of the binary under test.
+func (b *Bpfnet) Binary() string { return b.binary }
+
 // PID is the daemon's process id.
 func (b *Bpfnet) PID() int { return b.proc.PID() }
 
