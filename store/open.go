@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"go.etcd.io/bbolt"
+	bbolterrors "go.etcd.io/bbolt/errors"
 )
 
 // lockTimeout: the directory's lock comes first, so only a foreign tool can hold the file.
@@ -136,7 +137,7 @@ func guarded(path string, f func(*bbolt.Options) error) (err error) {
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, bbolt.ErrTimeout):
+	case errors.Is(err, bbolterrors.ErrTimeout):
 		return fmt.Errorf("state file %s: %w; end that one first", path, ErrLocked)
 	case errors.As(err, &pathErr), errors.As(err, &errno):
 		return fmt.Errorf("state file %s: %w", path, err)

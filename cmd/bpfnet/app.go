@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -95,7 +96,7 @@ func usagef(format string, args ...any) error { return usageError{fmt.Errorf(for
 // Run runs one command line and returns its exit status. An error is exactly one line on Stderr.
 func (a *App) Run(ctx context.Context, args []string) int {
 	root := a.command()
-	root.SetArgs(args)
+	root.SetArgs(append([]string{}, args...)) // nil would be the process's own
 	root.SetOut(a.Stdout)
 	root.SetErr(a.Stderr)
 	cmd, err := root.ExecuteContextC(ctx)
@@ -191,6 +192,7 @@ func noSuchCommand(cmd *cobra.Command, args []string) error {
 	}
 	cmd.SuggestionsMinimumDistance = 2
 	if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
+		slices.Sort(near)
 		return usagef("unknown command %q; did you mean %s?", args[0], strings.Join(near, ", "))
 	}
 	return usagef("unknown command %q", args[0])

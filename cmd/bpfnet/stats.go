@@ -22,9 +22,9 @@ import (
 type Stats struct {
 	Time time.Time `json:"time"`
 	// Totals, Forwarded and Drops are of the whole host, and missing where a name was asked for.
-	Totals     *Totals          `json:"totals,omitempty"`
-	Forwarded  []maps.Fate      `json:"forwarded,omitempty"`
-	Drops      []maps.Drop      `json:"drops,omitempty"`
+	Totals     *Totals          `json:"totals,omitzero"`
+	Forwarded  []maps.Fate      `json:"forwarded,omitzero"`
+	Drops      []maps.Drop      `json:"drops,omitzero"`
 	Networks   []NetworkStats   `json:"networks"`
 	Containers []ContainerStats `json:"containers"`
 	Ports      []PortStats      `json:"ports"`
@@ -116,6 +116,7 @@ func (a *App) readStats(name string) (*Stats, error) {
 			return nil, err
 		}
 		slices.SortStableFunc(s.Drops, func(a, b maps.Drop) int { return cmp.Compare(b.Packets, a.Packets) })
+		s.Forwarded, s.Drops = notNil(s.Forwarded), notNil(s.Drops)
 		t := totals(s.Forwarded, s.Drops)
 		s.Totals = &t
 	}
@@ -246,7 +247,7 @@ func (a *App) printStats(s *Stats) error {
 			traffic(n.RxPackets, n.RxBytes), traffic(n.TxPackets, n.TxBytes), traffic(n.DropPackets, n.DropBytes),
 		})
 	}
-	block([]string{"NETWORK", "BRIDGE", "CONTAINERS", "RX", "TX", "DROPPED"}, rows)
+	block([]string{"NETWORK", "BRIDGE", "CONTAINERS", "RX", "TX", "TX DROPPED"}, rows)
 	rows = nil
 	for _, c := range s.Containers {
 		rows = append(rows, []string{
@@ -254,7 +255,7 @@ func (a *App) printStats(s *Stats) error {
 			traffic(c.RxPackets, c.RxBytes), traffic(c.TxPackets, c.TxBytes), traffic(c.DropPackets, c.DropBytes),
 		})
 	}
-	block([]string{"CONTAINER", "NETWORK", "ADDRESSES", "RX", "TX", "DROPPED"}, rows)
+	block([]string{"CONTAINER", "NETWORK", "ADDRESSES", "RX", "TX", "TX DROPPED"}, rows)
 	rows = nil
 	for _, p := range s.Ports {
 		rows = append(rows, []string{

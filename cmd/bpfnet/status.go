@@ -154,23 +154,25 @@ func (a *App) printStatus(s *Status) error {
 	}
 	switch {
 	case s.Daemon.Running:
-		line("Daemon", "running for %s, version %s, process %d", a.since(s, s.Daemon.Started), s.Daemon.Version, s.Daemon.PID)
+		line("Daemon", "running for %s, version %s, process %d", s.since(s.Daemon.Started), s.Daemon.Version, s.Daemon.PID)
 	case s.Daemon.Error != "":
 		line("Daemon", "unknown: %s", s.Daemon.Error)
 	default:
-		line("Daemon", "not running since about %s; the network runs on without it", s.Daemon.Written.Format(time.DateTime))
+		line("Daemon", "not running, last news %s ago; the network runs on without it", s.since(s.Daemon.Written))
 	}
 	for _, src := range s.Sources {
-		word := "connected"
+		text := "connected"
 		if !src.Connected {
-			word = "not connected"
+			text = "not connected"
 		}
-		text := word
+		if !s.Daemon.Running {
+			text = "was " + text
+		}
 		if src.Detail != "" {
 			text += ", " + src.Detail
 		}
 		if !src.LastSync.IsZero() {
-			text += ", read " + a.since(s, src.LastSync) + " ago"
+			text += ", read " + s.since(src.LastSync) + " ago"
 		}
 		line("Source "+src.Name, "%s", text)
 	}
@@ -221,7 +223,7 @@ func (a *App) printStatus(s *Status) error {
 }
 
 // since is the age of t in words: "5 minutes".
-func (a *App) since(s *Status, t time.Time) string {
+func (s *Status) since(t time.Time) string {
 	return strings.ToLower(units.HumanDuration(s.Time.Sub(t)))
 }
 

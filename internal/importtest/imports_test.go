@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package importtest holds the direction of imports: a package's place is what it may know.
+package importtest
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+const module = "github.com/bpfnet/bpfnet/"
+
+// may says which of our packages each of them may import. Commands and internal/ may know everything,
+// but nobody outside knows internal/.
+var may = map[string][]string{
+	"policy": {},
+	"bpf":    {},
+	"maps":   {"bpf", "policy"},
+	"netdev": {"policy"},
+	"docker": {"policy"},
+	"store":  {"policy"},
+	"api":    {"policy"},
+	"loader": {"bpf", "maps"},
+	"daemon": {"policy", "bpf", "maps", "netdev", "docker", "store", "api", "loader"},
+}
+
+// only says who alone may import a package of others. Packages below a named one count too.
+var only = map[string][]string{
+	"github.com/vishvananda/netlink": {"netdev"},
+	"github.com/moby/moby":           {"docker"},
+	"go.etcd.io/bbolt":               {"store"},
+	"github.com/cilium/ebpf":         {"bpf", "maps", "loader"},
+	"github.com/spf13/cobra":         {"cmd/bpfnet"},
+}
+
+// testOnly are packages of others that only tests and internal/ may import.
+var testOnly = []string{
+	"github.com/gopacket/gopacket", "github.com/vishvananda/netns", "github.com/stretchr/testify", "testing",
+}
+
+type listed struct {
+	ImportPath string
+	Standard   bool
+	Imports    []string
+	Module     *struct{ Main bool }
+}
+
+// packages lists everything that the module's packages need, tests apart.
+func packages(t *testing.T) []listed {
+	t.Helper()
+	cmd := exec.Command("go", "list", "-deps", "-json=ImportPath,Standard,Imports,Module", module+"...")
+	out, err := cmd.Output()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		t.Fatalf("go list: %s", exit.Stderr)
+	}
+	require.NoError(t, err)
+	var list []listed
+	dec := json.NewDecoder(strings.NewReader(string(out)))
+	for {
+		var p listed
+		if err := dec.Decode(&p); errors.Is(err, io.EOF) {
+			return list
+		} else {
+			require.NoError(t, err)
+		}
+		if p.Module != nil && p.Module.Main {
+			list = append(list, p)
+		}
+	}
+}
+
+func below(path, root string) bool { return path == root || strings.HasPrefix(path, root+"/") }
+
+func TestImports(t *testing.T) {
+	seen := make(map[string]bool)
+	for _, p := range packages(t) {
+		name := strings.TrimPrefix(p.ImportPath, module)
+		seen[name] = true
+		if below(name, "internal") {
+			continue
+		}
+		allowed, listed := may[name]
+		command := below(name, "cmd")
+		if !listed && !command {
+			t.Errorf("%s: not in the import table; say there what it may know", name)
+		}
+		for _, imp := range p.Imports {
+			if ours, ok := strings.CutPrefix(imp, module); ok {
+				if below(ours, "internal") || !command && !slices.Contains(allowed, ours) {
+					t.Errorf("%s imports %s", name, ours)
+				}
+			}
+			for root, users := range only {
+				if below(imp, root) && !slices.Contains(users, name) {
+					t.Errorf("%s imports %s, which is for %s", name, imp, strings.Join(users, ", "))
+				}
+			}
+			for _, root := range testOnly {
+				if below(imp, root) {
+					t.Errorf("%s imports %s, which is for tests", name, imp)
+				}
+			}
+		}
+	}
+	for name := range may {
+		assert.True(t, seen[name], "the import table names %s, which does not exist", name)
+	}
+}
