@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader_test
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/stretchr/testify/require"
+
+	"github.com/bpfnet/bpfnet/internal/lab"
+	"github.com/bpfnet/bpfnet/loader"
+	"github.com/bpfnet/bpfnet/maps"
+	"github.com/bpfnet/bpfnet/netdev"
+)
+
+func TestMain(m *testing.M) { lab.Main(m) }
+
+func load(t *testing.T, o loader.Options) *loader.Loader {
+	t.Helper()
+	o.Classifier = netdev.Clsact{}
+	if o.Flows == 0 {
+		o.Flows = 1024
+	}
+	l, err := loader.Load(o)
+	require.NoError(t, err)
+	return l
+}
+
+// Needs root. A link outlives its daemon and is taken over without a moment without a program.
+func TestLinksOutliveTheLoader(t *testing.T) {
+	for _, attach := range []string{"tcx", "clsact"} {
+		t.Run(attach, func(t *testing.T) {
+			lb := lab.New(t, lab.Opts{})
+			ifindex := lb.Host.Ifindex(t, lab.HostIf)
+			paths := loader.Paths{BPFFS: lb.BPFFS, Cgroup: lb.Cgroup}
+			require.NoError(t, lb.Host.Do(func() error {
+				l := load(t, loader.Options{Paths: paths, Attach: attach})
+				require.Equal(t, attach, l.AttachName())
+				require.NoError(t, l.Attach(loader.FromUplink, ifindex))
+				require.NoError(t, l.Attach(loader.FromUplink, ifindex), "idempotent")
+				require.NoError(t, l.Attach(loader.ToUplink, ifindex))
+				require.NoError(t, l.AttachCgroup())
+				l.Close()
+				require.Equal(t, 1, programs(t, lb, attach, ifindex), "it goes on without its loader")
+
+				again := load(t, loader.Options{Paths: paths, Attach: attach})
+				require.NoError(t, again.Attach(loader.FromUplink, ifindex))
+				require.NoError(t, again.AttachCgroup())
+				require.Equal(t, 1, programs(t, lb, attach, ifindex), "one, not two")
+				require.NoError(t, again.Detach(loader.ToUplink, ifindex))
+				require.NoError(t, again.Detach(loader.ToUplink, ifindex), "idempotent")
+				again.Close()
+
+				require.NoError(t, loader.Cleanup(paths, netdev.Clsact{}))
+				require.Zero(t, programs(t, lb, attach, ifindex))
+				require.NoDirExists(t, filepath.Join(lb.BPFFS, "links"))
+				require.NoError(t, loader.Cleanup(paths, netdev.Clsact{}), "idempotent")
+				return nil
+			}))
+			require.NoError(t, os.MkdirAll(lb.BPFFS, 0o700)) // the lab's own, which it removes
+		})
+	}
+}
+
+// programs counts ours at the ingress of a device.
+func programs(t *testing.T, lb *lab.Lab, attach string, ifindex int) int {
+	t.Helper()
+	if attach == "clsact" {
+		out := lb.Host.MustRun(t, "tc", "filter", "show", "dev", lab.HostIf, "ingress")
+		n := 0
+		for i := 0; i+len("bpfnet_from_uplink") <= len(out); i++ {
+			if out[i:i+len("bpfnet_from_uplink")] == "bpfnet_from_uplink" {
+				n++
+			}
+		}
+		return n
+	}
+	res, err := link.QueryPrograms(link.QueryOptions{Target: ifindex, Attach: ebpf.AttachTCXIngress})
+	require.NoError(t, err)
+	return len(res.Programs)
+}
+
+// Needs root. The way of attaching may change between two runs.
+func TestAttachChangesHands(t *testing.T) {
+	lb := lab.New(t, lab.Opts{})
+	ifindex := lb.Host.Ifindex(t, lab.HostIf)
+	paths := loader.Paths{BPFFS: lb.BPFFS}
+	require.NoError(t, lb.Host.Do(func() error {
+		for i, attach := range []string{"tcx", "clsact", "tcx"} {
+			l := load(t, loader.Options{Paths: paths, Attach: attach})
+			require.NoError(t, l.Attach(loader.FromUplink, ifindex))
+			l.Close()
+			require.Equal(t, (i+1)%2, programs(t, lb, "tcx", ifindex))
+			require.Equal(t, i%2, programs(t, lb, "clsact", ifindex))
+		}
+		require.NoError(t, loader.Cleanup(paths, netdev.Clsact{}))
+		return nil
+	}))
+	require.NoError(t, os.MkdirAll(lb.BPFFS, 0o700))
+}
+
+// Needs root. Flow tables: the running size is kept unless another is asked for.
+func TestFlowTableSize(t *testing.T) {
+	paths := loader.Paths{BPFFS: lab.BPFFS(t)}
+	size := func(flows int) (uint32, uint32) {
+		l, err := loader.Load(loader.Options{Paths: paths, Flows: flows, Classifier: netdev.Clsact{}})
+		require.NoError(t, err)
+		defer l.Close()
+		m := l.Maps()
+		return m.Map("flows4").MaxEntries(), m.Map("flows6").MaxEntries()
+	}
+	v4, v6 := size(1000)
+	require.EqualValues(t, 2048, v4, "two entries a flow, a power of two")
+	require.EqualValues(t, 1024, v6)
+	v4, _ = size(0)
+	require.EqualValues(t, 2048, v4, "kept")
+	v4, _ = size(4096)
+	require.EqualValues(t, 8192, v4, "asked for")
+	require.NoError(t, loader.Cleanup(paths, nil))
+	require.NoError(t, os.MkdirAll(paths.BPFFS, 0o700))
+}
+
+// Needs root. A map of another shape is of another version; the rest survives.
+func TestForeignMapIsReplaced(t *testing.T) {
+	paths := loader.Paths{BPFFS: lab.BPFFS(t)}
+	l := load(t, loader.Options{Paths: paths})
+	l.Close()
+	pin := filepath.Join(maps.Dir(paths.BPFFS), "pairs")
+	require.NoError(t, os.Remove(pin))
+	odd, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 3})
+	require.NoError(t, err)
+	require.NoError(t, odd.Pin(pin))
+	odd.Close()
+	l = load(t, loader.Options{Paths: paths})
+	require.Equal(t, ebpf.Hash, l.Maps().Map("pairs").Type())
+	l.Close()
+	require.NoError(t, loader.Cleanup(paths, nil))
+	require.NoError(t, os.MkdirAll(paths.BPFFS, 0o700))
+}
+
+// Needs root.
+func TestLoadRefuses(t *testing.T) {
+	_, err := loader.Load(loader.Options{Paths: loader.Paths{BPFFS: t.TempDir()}})
+	require.ErrorContains(t, err, "not below a bpffs mount; mount one there")
+	dir := lab.BPFFS(t)
+	_, err = loader.Load(loader.Options{Paths: loader.Paths{BPFFS: dir}, Attach: "xdp"})
+	require.ErrorContains(t, err, `attach "xdp": unknown; use tcx or clsact`)
+}
+
+// Needs root. Nothing is left of an expiry and a purge of empty tables, and both say so.
+func TestSweep(t *testing.T) {
+	paths := loader.Paths{BPFFS: lab.BPFFS(t)}
+	l := load(t, loader.Options{Paths: paths})
+	defer l.Close()
+	for _, f := range []func() (loader.Swept, error){l.Expire, l.Purge} {
+		s, err := f()
+		require.NoError(t, err)
+		require.Zero(t, s)
+	}
+	require.NoError(t, loader.Cleanup(paths, nil))
+	require.NoError(t, os.MkdirAll(paths.BPFFS, 0o700))
+}
