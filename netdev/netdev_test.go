@@ -338,6 +338,7 @@ func TestForwardingRestoredExactly(t *testing.T) {
 		"net/ipv6/conf/up1/accept_ra":         "0",
 		"net/ipv6/conf/p0/accept_ra":          "1",
 		"net/ipv4/conf/lo/route_localnet":     "1",
+		"net/ipv4/conf/lo/accept_local":       "1",
 		"net/bridge/bridge-nf-call-iptables":  "0",
 		"net/bridge/bridge-nf-call-ip6tables": "0",
 	} {

@@ -130,8 +130,10 @@ func PlanForwarding(read func(path string) (string, error), uplinks []string, ea
 		{"net/bridge/bridge-nf-call-iptables", "0"},
 		{"net/bridge/bridge-nf-call-ip6tables", "0"},
 		{"net/bridge/bridge-nf-call-arptables", "0"},
-		// The host reaches published ports on 127.0.0.1 by redirection to a container's address.
+		// A container's answers to the host's own sockets come in by lo, from an address of the host
+		// and to one: 127.0.0.1 among them, and no cached route tells that they are the host's.
 		{"net/ipv4/conf/lo/route_localnet", "1"},
+		{"net/ipv4/conf/lo/accept_local", "1"},
 	} {
 		if err := want(s.Path, s.Value); err != nil {
 			return nil, err

@@ -18,6 +18,7 @@ func TestPlanForwarding(t *testing.T) {
 		"net/ipv6/conf/eth1/accept_ra":    "0",
 		"net/ipv6/conf/eth0.10/accept_ra": "1",
 		"net/ipv4/conf/lo/route_localnet": "0",
+		"net/ipv4/conf/lo/accept_local":   "0",
 	}
 	uplinks := []string{"eth0", "eth1", "eth0.10", "wg0"}
 	v6 := []Change{{Path: "net/ipv6/conf/all/forwarding", Old: "0", New: "1"}}
@@ -33,20 +34,24 @@ func TestPlanForwarding(t *testing.T) {
 			{"net/ipv4/ip_forward", "1"},
 			{"net/ipv6/conf/all/forwarding", "1"},
 			{"net/ipv4/conf/lo/route_localnet", "1"},
+			{"net/ipv4/conf/lo/accept_local", "1"},
 		}},
 		{"a router keeps its choice about advertisements", map[string]string{
 			"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1",
-		}, nil, []Setting{{"net/ipv4/conf/lo/route_localnet", "1"}}},
+		}, nil, []Setting{{"net/ipv4/conf/lo/route_localnet", "1"}, {"net/ipv4/conf/lo/accept_local", "1"}}},
 		{"an uplink that came after our switch", map[string]string{
 			"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1", "net/ipv6/conf/eth0/accept_ra": "2",
-			"net/ipv4/conf/lo/route_localnet": "1",
+			"net/ipv4/conf/lo/route_localnet": "1", "net/ipv4/conf/lo/accept_local": "1",
 		}, v6, []Setting{{"net/ipv6/conf/eth0.10/accept_ra", "2"}}},
 		{"no IPv6", map[string]string{
 			"net/ipv6/conf/all/forwarding": "-", "net/ipv6/conf/eth0/accept_ra": "-",
 			"net/ipv6/conf/eth1/accept_ra": "-", "net/ipv6/conf/eth0.10/accept_ra": "-",
-		}, nil, []Setting{{"net/ipv4/ip_forward", "1"}, {"net/ipv4/conf/lo/route_localnet", "1"}}},
+		}, nil, []Setting{
+			{"net/ipv4/ip_forward", "1"}, {"net/ipv4/conf/lo/route_localnet", "1"}, {"net/ipv4/conf/lo/accept_local", "1"},
+		}},
 		{"br_netfilter", map[string]string{
-			"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1", "net/ipv4/conf/lo/route_localnet": "1",
+			"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1",
+			"net/ipv4/conf/lo/route_localnet": "1", "net/ipv4/conf/lo/accept_local": "1",
 			"net/bridge/bridge-nf-call-iptables": "1", "net/bridge/bridge-nf-call-ip6tables": "0",
 			"net/bridge/bridge-nf-call-arptables": "1",
 		}, nil, []Setting{
