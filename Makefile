@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+
+# The compiler of the BPF objects: another major makes other objects, and with them other costs.
+CLANG_MAJOR := 14
+CLANG := clang-$(CLANG_MAJOR)
+CLANG_FORMAT := clang-format-14
+
+VERSION := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
+GO_SOURCES := $(shell find . -name '*.go' -not -path './.git/*' -not -name '*_bpfel.go')
+C_SOURCES := $(wildcard bpf/*.c bpf/lib/*.h)
+GENERATED := $(wildcard bpf/*_bpfel.go bpf/*_bpfel.o docs/generated/*)
+
+# Packages share the machine's network, cgroups and ports: one after another.
+GO_TEST := go test -json -p 1 -count=1
+SUMMARY := go run ./internal/testsum
+
+export CGO_ENABLED := 0
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: build
+build: ## make bin/bpfnet; needs only Go
+	@scripts/deps.sh build
+	go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/bpfnet ./cmd/bpfnet
+
+.PHONY: run
+run: build ## build, then run the daemon in the foreground (ARGS='--docker off ...')
+	@exec bin/bpfnet daemon $(ARGS)
+
+.PHONY: demo
+demo: ## show containers talking through bpfnet, in a lab of its own (root, under two minutes)
+	@scripts/deps.sh build test
+	@go run ./internal/demo
+
+.PHONY: generate
+generate: ## compile the BPF programs (clang 14), write docs/generated
+	@scripts/deps.sh generate
+	@major=$$($(CLANG) -dumpversion 2>/dev/null | cut -d. -f1); [ "$$major" = $(CLANG_MAJOR) ] || { \
+		echo "generate: $(CLANG) is of major version $${major:-none}: want clang $(CLANG_MAJOR); apt-get install clang-$(CLANG_MAJOR)" >&2; exit 1; }
+	go generate ./bpf
+	go test -count=1 ./cmd/bpfnet -run TestReference -update
+
+.PHONY: check
+check: ## formatting, vet, staticcheck; generated files are those of their sources
+	@scripts/deps.sh check generate
+	@stray=$$(gofmt -l $(GO_SOURCES)); [ -z "$$stray" ] || { echo "check: not formatted: $$stray; run gofmt -w" >&2; exit 1; }
+	go vet ./...
+	go tool staticcheck ./...
+	$(CLANG_FORMAT) --dry-run -Werror $(C_SOURCES)
+	@sums=$$(mktemp) && trap 'rm -f "$$sums"' EXIT && sha256sum $(GENERATED) >"$$sums" && \
+		$(MAKE) --no-print-directory generate && { sha256sum --quiet -c "$$sums" 2>/dev/null || { \
+		echo "check: the files above were not those of their sources and are made anew; commit them" >&2; exit 1; }; }
+
+.PHONY: test
+test: need-root ## install what is missing, check, run all tests at a tenth of the full counts (root, 40 minutes)
+	@scripts/deps.sh build test generate check
+	@$(MAKE) --no-print-directory check
+	@$(GO_TEST) -timeout 35m ./... | $(SUMMARY)
+
+.PHONY: test-full
+test-full: need-root ## like test, at the full counts (root, 90 minutes)
+	@scripts/deps.sh build test generate check
+	@$(MAKE) --no-print-directory check
+	@BPFNET_FULL=1 $(GO_TEST) -timeout 90m ./... | $(SUMMARY)
+
+.PHONY: clean
+clean: ## remove what build made
+	rm -rf bin
+
+.PHONY: need-root
+need-root:
+	@[ "$$(id -u)" = 0 ] || { echo "tests make network namespaces and load programs: run make as root" >&2; exit 1; }
