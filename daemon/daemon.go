@@ -87,8 +87,8 @@ func Run(ctx context.Context, cfg Config) error {
 }
 
 // open checks everything that can be wrong before anything is changed.
-func open(cfg Config) (d *Daemon, err error) {
-	d = &Daemon{
+func open(cfg Config) (_ *Daemon, err error) {
+	d := &Daemon{
 		cfg: cfg, log: cfg.Logger, started: time.Now(), kick: make(chan struct{}, 1),
 		bridges: make(map[string]bool), attached: make(map[int]bool), announced: make(map[string]announced),
 	}
