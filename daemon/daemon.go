@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"net"
 	"os"
 	"slices"
 	"sync"
@@ -45,6 +46,7 @@ type Daemon struct {
 	started time.Time
 
 	store    *store.Store
+	listener net.Listener
 	devices  *netdev.Devices
 	loader   *loader.Loader
 	writer   *bpfmaps.Writer
@@ -123,6 +125,10 @@ func open(cfg Config) (_ *Daemon, err error) {
 	if d.store, err = store.Open(cfg.State); err != nil {
 		return nil, err
 	}
+	// Before the maps are touched: another daemon may serve them, with a state of its own.
+	if d.listener, err = api.Listen(cfg.Socket); err != nil {
+		return nil, err
+	}
 	if err := d.remember(); err != nil {
 		return nil, err
 	}
@@ -171,6 +177,9 @@ func (d *Daemon) close() {
 	if d.devices != nil {
 		d.devices.Close()
 	}
+	if d.listener != nil {
+		d.listener.Close()
+	}
 	if d.store != nil {
 		if err := d.store.Close(); err != nil {
 			d.log.Error("close the store", "err", err)
@@ -203,11 +212,7 @@ func (d *Daemon) run(ctx context.Context) error {
 	if _, err := d.loader.Expire(); err != nil {
 		return err
 	}
-	listener, err := api.Listen(d.cfg.Socket)
-	if err != nil {
-		return err
-	}
-	group.Go(func() error { return api.NewServer(d).Run(ctx, listener) })
+	group.Go(func() error { return api.NewServer(d).Run(ctx, d.listener) })
 	group.Go(func() error { return d.watch(ctx, events) })
 	group.Go(func() error { return d.reconcileLoop(ctx) })
 	group.Go(func() error { return d.expireLoop(ctx) })
