@@ -59,13 +59,13 @@ check: ## formatting, vet, staticcheck; generated files are those of their sourc
 test: need-root ## install what is missing, check, run all tests at a tenth of the full counts (root, 40 minutes)
 	@scripts/deps.sh build test generate check
 	@$(MAKE) --no-print-directory check
-	@$(GO_TEST) -timeout 35m ./... | $(SUMMARY)
+	@BPFNET_REQUIRE_ROOT=1 $(GO_TEST) -timeout 35m ./... | $(SUMMARY)
 
 .PHONY: test-full
 test-full: need-root ## like test, at the full counts (root, 90 minutes)
 	@scripts/deps.sh build test generate check
 	@$(MAKE) --no-print-directory check
-	@BPFNET_FULL=1 $(GO_TEST) -timeout 90m ./... | $(SUMMARY)
+	@BPFNET_REQUIRE_ROOT=1 BPFNET_FULL=1 $(GO_TEST) -timeout 90m ./... | $(SUMMARY)
 
 .PHONY: clean
 clean: ## remove what build made
