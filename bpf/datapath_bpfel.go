@@ -456,6 +456,8 @@ type DatapathScratch struct {
 	Forward4 DatapathFlow4Key
 	Key6     DatapathFlow6Key
 	Forward6 DatapathFlow6Key
+	Partner4 DatapathFlow4Key
+	Partner6 DatapathFlow6Key
 	Flow4    DatapathFlow4
 	Flow6    DatapathFlow6
 }

@@ -124,7 +124,7 @@ static __always_inline void read_source6(struct addr *a, const struct bpf_sock *
 static __always_inline bool is_candidate(struct bpf_sock_addr *ctx)
 {
 	const struct port_class *class = find_class();
-	__u16 port = bpf_ntohs(ctx->user_port);
+	__u32 port = port_index(ctx->user_port);
 
 	return class && class->ports[port] & port_bit(ctx->type, ctx->protocol);
 }
@@ -476,7 +476,7 @@ int sock_release(struct bpf_sock *ctx)
 	struct port_class *class = find_class();
 	struct reservation_key key;
 	struct reservation *r;
-	__u16 port;
+	__u32 port;
 
 	if (!mark || !class)
 		return LEAVE;
@@ -488,7 +488,7 @@ int sock_release(struct bpf_sock *ctx)
 	r = bpf_map_lookup_elem(&reservations, &key);
 	if (!r)
 		return LEAVE;
-	port = bpf_ntohs(key.port);
+	port = port_index(key.port);
 	release(r, engine_word(class, port), engine_bit(port, key.proto));
 	return LEAVE;
 }

@@ -44,7 +44,8 @@ static __always_inline int drop_from(struct __sk_buff *skb, __u32 slot, __u32 re
  * Anything but IP. ARP keeps the link alive before the endpoint is READY, but never speaks for
  * another; the rest is the link's, where neighbours may talk.
  */
-static __always_inline int container_link(struct __sk_buff *skb, const struct packet *p, __be16 proto)
+static __always_inline int container_link(struct __sk_buff *skb, const struct packet *p,
+					  __be16 proto)
 {
 	__u32 slot = 0;
 	struct endpoint *ep = endpoint_of_link(skb->ifindex, &slot);
@@ -116,7 +117,7 @@ static __always_inline int container_egress(struct __sk_buff *skb, struct scratc
 	s->route.bridge = net->ifindex;
 	s->route.want_source = masquerade;
 	s->route.reverse = false;
-	if (route(skb, s, v6) != ROUTE_OK) {
+	if (route(skb, v6) != ROUTE_OK) {
 		count_endpoint_tx(skb, slot);
 		return to_stack(skb, HOOK_CONTAINER);
 	}
@@ -170,7 +171,7 @@ static __always_inline int flow_renew(struct __sk_buff *skb, struct flow *f, str
 		s->route.bridge = net->ifindex;
 		s->route.want_source = false;
 		s->route.reverse = false;
-		if (route(skb, s, v6) != ROUTE_OK)
+		if (route(skb, v6) != ROUTE_OK)
 			return 0;
 		/* The address it was masqueraded with is no longer ours. */
 		if (f->flags & FLOW_SNAT && !is_host_addr(&from, v6))
@@ -283,7 +284,7 @@ static __always_inline int container_slow(struct __sk_buff *skb, struct scratch 
 		bool whole = !(p->flags & (PACKET_ICMP_ERROR | PACKET_PORTS_LOST));
 		struct port *port = NULL;
 
-		if (whole && class->ports[bpf_ntohs(p->dport)] & port_bit(p->proto))
+		if (whole && class->ports[port_index(p->dport)] & port_bit(p->proto))
 			port = port_find(p, v6);
 		if (!port) {
 			if (whole && port_reserved(p, cfg, class))
@@ -324,13 +325,17 @@ static __always_inline int container_slow(struct __sk_buff *skb, struct scratch 
 	return err ? drop_from(skb, slot, -err) : VERDICT_OPEN;
 }
 
-__noinline int container_slow4(struct __sk_buff *skb, struct scratch *s)
+__noinline int container_slow4(struct __sk_buff *skb)
 {
+	struct scratch *s = scratch_get();
+
 	return s ? container_slow(skb, s, false) : TC_ACT_SHOT;
 }
 
-__noinline int container_slow6(struct __sk_buff *skb, struct scratch *s)
+__noinline int container_slow6(struct __sk_buff *skb)
 {
+	struct scratch *s = scratch_get();
+
 	return s ? container_slow(skb, s, true) : TC_ACT_SHOT;
 }
 
@@ -347,7 +352,7 @@ static __always_inline int container_ip(struct __sk_buff *skb, struct scratch *s
 	if (!cfg)
 		return drop(skb, HOOK_CONTAINER, REASON_NOT_READY);
 	if (p->flags & PACKET_FRAGMENT)
-		p->flags |= fragment_ports(skb, s);
+		p->flags |= fragment_ports(skb);
 	if (!(p->flags & (PACKET_ICMP_ERROR | PACKET_NEIGHBOUR | PACKET_PORTS_LOST))) {
 		f = flow_find(p, HOOK_CONTAINER, v6);
 		if (f && f->generation == (__u16)cfg->generation) {
@@ -357,11 +362,11 @@ static __always_inline int container_ip(struct __sk_buff *skb, struct scratch *s
 			    ep->flags & ENDPOINT_READY) {
 				if (p->tcp_flags & (TCP_SYN | TCP_FIN))
 					flow_tcp_turn(p, f, v6);
-				return forward(skb, p, f, false, v6);
+				return forward_fast(skb, p, f, v6);
 			}
 		}
 	}
-	return conclude(skb, s, v6 ? container_slow6(skb, s) : container_slow4(skb, s), v6);
+	return conclude(skb, v6 ? container_slow6(skb) : container_slow4(skb), v6);
 }
 
 static __always_inline int from_container_frame(struct __sk_buff *skb)

@@ -49,8 +49,8 @@ static __always_inline bool flow_orphaned(const struct flow *f)
 	return peer && peer->ifindex != f->ifindex; /* it came back on another interface */
 }
 
-static long sweep_flow4(void *map __attribute__((unused)), struct flow4_key *key,
-			struct flow4 *f, struct sweep *s)
+static long sweep_flow4(void *map __attribute__((unused)), struct flow4_key *key, struct flow4 *f,
+			struct sweep *s)
 {
 	struct flow4_key k = *key;
 	struct flow *g = flow_partner(&f->f, k.proto, false);
@@ -65,8 +65,8 @@ static long sweep_flow4(void *map __attribute__((unused)), struct flow4_key *key
 	return 0;
 }
 
-static long sweep_flow6(void *map __attribute__((unused)), struct flow6_key *key,
-			struct flow6 *f, struct sweep *s)
+static long sweep_flow6(void *map __attribute__((unused)), struct flow6_key *key, struct flow6 *f,
+			struct sweep *s)
 {
 	struct flow6_key k = *key;
 	struct flow *g = flow_partner(&f->f, k.proto, true);

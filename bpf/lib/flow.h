@@ -74,6 +74,8 @@ struct scratch {
 	struct flow4_key forward4;
 	struct flow6_key key6;
 	struct flow6_key forward6;
+	struct flow4_key partner4;
+	struct flow6_key partner6;
 	struct flow4 flow4;
 	struct flow6 flow6;
 };
@@ -185,7 +187,8 @@ static __always_inline struct flow *flow_find_slow(struct scratch *s, const bool
 	struct packet *p = &s->packet;
 
 	if (v6) {
-		flow_key6(&s->forward6, &p->saddr, &p->daddr, p->sport, p->dport, p->proto, p->hook);
+		flow_key6(&s->forward6, &p->saddr, &p->daddr, p->sport, p->dport, p->proto,
+			  p->hook);
 		return bpf_map_lookup_elem(&flows6, &s->forward6);
 	}
 	flow_key4(&s->forward4, &p->saddr, &p->daddr, p->sport, p->dport, p->proto, p->hook);
@@ -457,7 +460,7 @@ static __always_inline int flow_take_reverse_of(struct scratch *s, const bool v6
 	const struct packet *p = &s->packet;
 	const struct plan *n = &s->plan;
 	const struct config *cfg = config_get();
-	void *table = flow_table(v6), *key, *value;
+	void *table = flow_table(v6), *key, *value, *partner;
 	struct flow *held, *g;
 	bool same;
 	long err;
@@ -514,10 +517,21 @@ static __always_inline int flow_take_reverse_of(struct scratch *s, const bool v6
 	same = same && held->dport == p->sport && held->sport == p->dport &&
 	       flow_out(held) == p->hook;
 	if (!same) {
-		g = flow_partner(held, p->proto, v6);
+		/* Keys in the scratch: this is the deepest call, and the stack is short. */
+		if (v6) {
+			partner_key6(&s->partner6, (struct flow6 *)held, p->proto);
+			partner = &s->partner6;
+		} else {
+			partner_key4(&s->partner4, (struct flow4 *)held, p->proto);
+			partner = &s->partner4;
+		}
+		g = flow_out(held) ? bpf_map_lookup_elem(table, partner) : NULL;
 		if (!flow_reusable(cfg, p->proto, held, g, ticks(), v6))
 			return -EEXIST;
-		flow_delete_pair(key, held, v6);
+		if (g && !bpf_map_delete_elem(table, partner))
+			gauge_add(v6, -1);
+		if (!bpf_map_delete_elem(table, key))
+			gauge_add(v6, -1);
 		err = bpf_map_update_elem(table, key, value, BPF_NOEXIST);
 		if (!err)
 			gauge_add(v6, 1);
@@ -527,19 +541,23 @@ static __always_inline int flow_take_reverse_of(struct scratch *s, const bool v6
 	return bpf_map_update_elem(table, key, value, BPF_EXIST);
 }
 
-__noinline int flow_take_reverse4(struct scratch *s)
+__noinline int flow_take_reverse4(void)
 {
+	struct scratch *s = scratch_get();
+
 	return s ? flow_take_reverse_of(s, false) : -EINVAL;
 }
 
-__noinline int flow_take_reverse6(struct scratch *s)
+__noinline int flow_take_reverse6(void)
 {
+	struct scratch *s = scratch_get();
+
 	return s ? flow_take_reverse_of(s, true) : -EINVAL;
 }
 
-static __always_inline int flow_take_reverse(struct scratch *s, const bool v6)
+static __always_inline int flow_take_reverse(const bool v6)
 {
-	return v6 ? flow_take_reverse6(s) : flow_take_reverse4(s);
+	return v6 ? flow_take_reverse6() : flow_take_reverse4();
 }
 
 /* Adds the opening direction's entry after the reverse was taken; undoes that on failure. */

@@ -155,22 +155,36 @@ static __always_inline int forward(struct __sk_buff *skb, const struct packet *p
 	return bpf_redirect_neigh(ifindex, &hop, sizeof(hop), 0);
 }
 
-__noinline int forward4(struct __sk_buff *skb, struct scratch *s, struct flow4 *f, bool rewritten)
+__noinline int forward4(struct __sk_buff *skb, struct flow4 *f, bool rewritten)
 {
+	struct scratch *s = scratch_get();
+
 	return s && f ? forward(skb, &s->packet, &f->f, rewritten, false) : TC_ACT_SHOT;
 }
 
-__noinline int forward6(struct __sk_buff *skb, struct scratch *s, struct flow6 *f, bool rewritten)
+__noinline int forward6(struct __sk_buff *skb, struct flow6 *f, bool rewritten)
 {
+	struct scratch *s = scratch_get();
+
 	return s && f ? forward(skb, &s->packet, &f->f, rewritten, true) : TC_ACT_SHOT;
 }
 
 /* The same where it is rare: one copy a family. */
-static __always_inline int forward_slow(struct __sk_buff *skb, struct scratch *s, struct flow *f,
-					bool rewritten, const bool v6)
+static __always_inline int forward_slow(struct __sk_buff *skb, struct flow *f, bool rewritten,
+					const bool v6)
 {
-	return v6 ? forward6(skb, s, (struct flow6 *)f, rewritten) :
-		    forward4(skb, s, (struct flow4 *)f, rewritten);
+	return v6 ? forward6(skb, (struct flow6 *)f, rewritten) :
+		    forward4(skb, (struct flow4 *)f, rewritten);
+}
+
+/*
+ * The fast path: IPv4 in line. IPv6 pays a call, because both in line would take more stack than the
+ * slow path leaves over.
+ */
+static __always_inline int forward_fast(struct __sk_buff *skb, const struct packet *p,
+					struct flow *f, const bool v6)
+{
+	return v6 ? forward6(skb, (struct flow6 *)f, false) : forward(skb, p, f, false, false);
 }
 
 /* What the slow path decides, beside the actions of TC. */
@@ -195,13 +209,13 @@ static __always_inline int conclude_of(struct __sk_buff *skb, struct scratch *s,
 			return drop(skb, p->hook, REASON_NO_FLOW);
 		/* A container's own error leaves by an uplink under the flow's address. */
 		if (f->flags & FLOW_NAT &&
-		    icmp_rewrite(skb, s, f,
-				 p->hook == HOOK_CONTAINER && flow_out(f) == HOOK_UPLINK, v6))
+		    icmp_rewrite(skb, f, p->hook == HOOK_CONTAINER && flow_out(f) == HOOK_UPLINK,
+				 v6))
 			return drop(skb, p->hook, REASON_MALFORMED);
-		return forward_slow(skb, s, f, true, v6);
+		return forward_slow(skb, f, true, v6);
 	}
 	if (verdict == VERDICT_OPEN) {
-		err = flow_open(skb, s, v6);
+		err = flow_open(skb, v6);
 		if (err) {
 			slot = s->plan.endpoint;
 			if (slot)
@@ -218,22 +232,25 @@ static __always_inline int conclude_of(struct __sk_buff *skb, struct scratch *s,
 	f = flow_find_slow(s, v6);
 	if (!f)
 		return drop(skb, p->hook, REASON_FLOW_TABLE_FULL);
-	return forward_slow(skb, s, f, false, v6);
+	return forward_slow(skb, f, false, v6);
 }
 
-__noinline int conclude4(struct __sk_buff *skb, struct scratch *s, int verdict)
+__noinline int conclude4(struct __sk_buff *skb, int verdict)
 {
+	struct scratch *s = scratch_get();
+
 	return s ? conclude_of(skb, s, verdict, false) : TC_ACT_SHOT;
 }
 
-__noinline int conclude6(struct __sk_buff *skb, struct scratch *s, int verdict)
+__noinline int conclude6(struct __sk_buff *skb, int verdict)
 {
+	struct scratch *s = scratch_get();
+
 	return s ? conclude_of(skb, s, verdict, true) : TC_ACT_SHOT;
 }
 
 /* Carries the slow path's verdict out. */
-static __always_inline int conclude(struct __sk_buff *skb, struct scratch *s, int verdict,
-				    const bool v6)
+static __always_inline int conclude(struct __sk_buff *skb, int verdict, const bool v6)
 {
-	return v6 ? conclude6(skb, s, verdict) : conclude4(skb, s, verdict);
+	return v6 ? conclude6(skb, verdict) : conclude4(skb, verdict);
 }

@@ -7,10 +7,11 @@
 #define FRAGMENT_TICKS 30 /* as the kernel's ipfrag_time */
 
 /* Gives a later fragment the ports of its first. Returns flags to add: PACKET_PORTS_LOST or none. */
-__noinline int fragment_ports(struct __sk_buff *skb, struct scratch *s)
+__noinline int fragment_ports(struct __sk_buff *skb)
 {
-	struct packet *p;
+	struct scratch *s = scratch_get();
 	struct frag_key k = {};
+	struct packet *p;
 	struct frag *seen;
 
 	if (!s)

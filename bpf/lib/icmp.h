@@ -75,7 +75,8 @@ static __always_inline struct flow *quoted_flow(struct scratch *s, enum hook hoo
 }
 
 /* Stores a 16-bit word of the error's body and mends the ICMP checksum. 0 or -errno, as all of these. */
-static __always_inline long put16(struct __sk_buff *skb, __u32 sum, __u32 off, __be16 from, __be16 to)
+static __always_inline long put16(struct __sk_buff *skb, __u32 sum, __u32 off, __be16 from,
+				  __be16 to)
 {
 	if (from == to)
 		return 0;
@@ -83,7 +84,8 @@ static __always_inline long put16(struct __sk_buff *skb, __u32 sum, __u32 off, _
 	       bpf_l4_csum_replace(skb, sum, from, to, 2);
 }
 
-static __always_inline long put32(struct __sk_buff *skb, __u32 sum, __u32 off, __be32 from, __be32 to)
+static __always_inline long put32(struct __sk_buff *skb, __u32 sum, __u32 off, __be32 from,
+				  __be32 to)
 {
 	if (from == to)
 		return 0;
@@ -108,8 +110,8 @@ static __always_inline long put_outer(struct __sk_buff *skb, const struct packet
 		       l4_csum_change(skb, sum, csum_fold32(diff), BPF_F_PSEUDO_HDR, true);
 	}
 	off += source ? offsetof(struct iphdr, saddr) : offsetof(struct iphdr, daddr);
-	return bpf_l3_csum_replace(skb, p->l3 + offsetof(struct iphdr, check), from->w[3],
-				   to->w[3], 4) |
+	return bpf_l3_csum_replace(skb, p->l3 + offsetof(struct iphdr, check), from->w[3], to->w[3],
+				   4) |
 	       bpf_skb_store_bytes(skb, off, &to->w[3], 4, 0);
 }
 
@@ -141,20 +143,24 @@ static __always_inline long icmp_rewrite_of(struct __sk_buff *skb, struct scratc
 	ports = csum_change(ports, q->sport, f->dport);
 	ports = csum_change(ports, q->dport, f->sport);
 	if (v6) {
+		/* Verifiers before Linux 6.4 take no loop that is entered by falling through. */
+#pragma unroll
 		for (int i = 0; i < 4; i++) {
 			err |= put32(skb, sum, in->l3 + offsetof(struct ipv6hdr, saddr) + 4 * i,
-			      q->saddr.w[i], in->saddr.w[i]);
+				     q->saddr.w[i], in->saddr.w[i]);
 			err |= put32(skb, sum, in->l3 + offsetof(struct ipv6hdr, daddr) + 4 * i,
-			      q->daddr.w[i], in->daddr.w[i]);
+				     q->daddr.w[i], in->daddr.w[i]);
 		}
 	} else {
 		__sum16 check;
 
-		err |= put32(skb, sum, in->l3 + offsetof(struct iphdr, saddr), q->saddr.w[3], in->saddr.w[3]);
-		err |= put32(skb, sum, in->l3 + offsetof(struct iphdr, daddr), q->daddr.w[3], in->daddr.w[3]);
+		err |= put32(skb, sum, in->l3 + offsetof(struct iphdr, saddr), q->saddr.w[3],
+			     in->saddr.w[3]);
+		err |= put32(skb, sum, in->l3 + offsetof(struct iphdr, daddr), q->daddr.w[3],
+			     in->daddr.w[3]);
 		if (!bpf_skb_load_bytes(skb, in->l3 + offsetof(struct iphdr, check), &check, 2))
 			err |= put16(skb, sum, in->l3 + offsetof(struct iphdr, check), check,
-			      csum_apply(check, csum_fold32(addresses)));
+				     csum_apply(check, csum_fold32(addresses)));
 	}
 	if (q->proto == IPPROTO_TCP || q->proto == IPPROTO_UDP) {
 		err |= put16(skb, sum, in->l4, q->sport, f->dport);
@@ -177,19 +183,23 @@ static __always_inline long icmp_rewrite_of(struct __sk_buff *skb, struct scratc
 	return err;
 }
 
-__noinline int icmp_rewrite4(struct __sk_buff *skb, struct scratch *s, struct flow4 *f, bool hide)
+__noinline int icmp_rewrite4(struct __sk_buff *skb, struct flow4 *f, bool hide)
 {
+	struct scratch *s = scratch_get();
+
 	return s && f ? icmp_rewrite_of(skb, s, &f->f, hide, false) : -EINVAL;
 }
 
-__noinline int icmp_rewrite6(struct __sk_buff *skb, struct scratch *s, struct flow6 *f, bool hide)
+__noinline int icmp_rewrite6(struct __sk_buff *skb, struct flow6 *f, bool hide)
 {
+	struct scratch *s = scratch_get();
+
 	return s && f ? icmp_rewrite_of(skb, s, &f->f, hide, true) : -EINVAL;
 }
 
-static __always_inline int icmp_rewrite(struct __sk_buff *skb, struct scratch *s, struct flow *f,
-					bool hide, const bool v6)
+static __always_inline int icmp_rewrite(struct __sk_buff *skb, struct flow *f, bool hide,
+					const bool v6)
 {
-	return v6 ? icmp_rewrite6(skb, s, (struct flow6 *)f, hide) :
-		    icmp_rewrite4(skb, s, (struct flow4 *)f, hide);
+	return v6 ? icmp_rewrite6(skb, (struct flow6 *)f, hide) :
+		    icmp_rewrite4(skb, (struct flow4 *)f, hide);
 }

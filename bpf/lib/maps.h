@@ -7,16 +7,17 @@
 
 #include "types.h"
 
+#include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
-#define MAP(map_type, map_name, key_type, value_type, entries, map_flag)        \
-	struct {                                                                \
-		__uint(type, map_type);                                         \
-		__uint(max_entries, entries);                                   \
-		__uint(map_flags, map_flag);                                    \
-		__uint(pinning, LIBBPF_PIN_BY_NAME);                            \
-		__type(key, key_type);                                          \
-		__type(value, value_type);                                      \
+#define MAP(map_type, map_name, key_type, value_type, entries, map_flag) \
+	struct {                                                         \
+		__uint(type, map_type);                                  \
+		__uint(max_entries, entries);                            \
+		__uint(map_flags, map_flag);                             \
+		__uint(pinning, LIBBPF_PIN_BY_NAME);                     \
+		__type(key, key_type);                                   \
+		__type(value, value_type);                               \
 	} map_name SEC(".maps")
 
 /* Filled by the daemon. */
@@ -49,3 +50,15 @@ MAP(BPF_MAP_TYPE_PERCPU_ARRAY, endpoint_stats, __u32, struct endpoint_count, MAX
 MAP(BPF_MAP_TYPE_PERCPU_ARRAY, port_stats, __u32, struct port_count, MAX_PORTS, 0);
 /* Masquerade ports found at the n-th try; the last counts exhaustion. */
 MAP(BPF_MAP_TYPE_PERCPU_ARRAY, snat_stats, __u32, __u64, SNAT_TRIES + 1, 0);
+
+/*
+ * Index of a port into the arrays of struct port_class. Verifiers before Linux 6.5 do not know that a
+ * swapped half-word is one, and the compiler knows too well.
+ */
+static __always_inline __u32 port_index(__be16 port)
+{
+	__u32 index = bpf_ntohs(port);
+
+	asm volatile("%[index] &= 0xffff" : [index] "+r"(index));
+	return index;
+}

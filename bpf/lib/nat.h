@@ -54,8 +54,8 @@ static __always_inline int csum_offset(__u8 proto, const bool v6)
 	return -1;
 }
 
-static __always_inline long l4_csum_change(struct __sk_buff *skb, __u32 off, __u32 diff, __u64 flags,
-					   const bool v6)
+static __always_inline long l4_csum_change(struct __sk_buff *skb, __u32 off, __u32 diff,
+					   __u64 flags, const bool v6)
 {
 	if (v6 && (flags & BPF_F_PSEUDO_HDR) &&
 	    !bpf_l4_csum_replace(skb, off, 0, diff, flags | BPF_F_IPV6))
@@ -244,7 +244,7 @@ static __always_inline int nat_take_port_of(struct __sk_buff *skb, struct scratc
 	h = nat_hash(p, cfg->hash_seed);
 	if (p->proto != IPPROTO_TCP && p->proto != IPPROTO_UDP && !(icmp && p->sport)) {
 		/* No port that may change: by address alone, and one flow a destination. */
-		err = flow_take_reverse(s, v6);
+		err = flow_take_reverse(v6);
 		tries = 0;
 		goto out;
 	}
@@ -267,7 +267,7 @@ static __always_inline int nat_take_port_of(struct __sk_buff *skb, struct scratc
 		if (!icmp && !any && host_socket_owns(skb, s, bpf_htons(port), v6))
 			continue;
 		n->sport = bpf_htons(port);
-		err = flow_take_reverse(s, v6);
+		err = flow_take_reverse(v6);
 		if (err != -EEXIST && err != -EBUSY)
 			break;
 	}
@@ -280,13 +280,17 @@ out:
 	return err == -EEXIST || err == -EBUSY ? -REASON_SNAT_EXHAUSTED : -REASON_FLOW_TABLE_FULL;
 }
 
-__noinline int nat_take_port4(struct __sk_buff *skb, struct scratch *s, bool any)
+__noinline int nat_take_port4(struct __sk_buff *skb, bool any)
 {
+	struct scratch *s = scratch_get();
+
 	return s ? nat_take_port_of(skb, s, any, false) : -REASON_SNAT_EXHAUSTED;
 }
 
-__noinline int nat_take_port6(struct __sk_buff *skb, struct scratch *s, bool any)
+__noinline int nat_take_port6(struct __sk_buff *skb, bool any)
 {
+	struct scratch *s = scratch_get();
+
 	return s ? nat_take_port_of(skb, s, any, true) : -REASON_SNAT_EXHAUSTED;
 }
 
@@ -299,36 +303,39 @@ static __always_inline int flow_open_of(struct __sk_buff *skb, struct scratch *s
 
 	if (!cfg)
 		return -REASON_NOT_READY;
+	/* Also where there is no room for this one: its sender's next try shall find some. */
+	gc_kick(cfg, v6);
 	if (!(s->plan.flags & FLOW_SNAT)) {
-		err = flow_take_reverse(s, v6);
+		err = flow_take_reverse(v6);
 		/* Two ways to the same container port from one client port: tell them apart. */
 		if (err == -EEXIST && !ports)
 			return -REASON_FLOW_COLLISION;
 		any = true;
 	}
 	if (err == -EEXIST) {
-		err = v6 ? nat_take_port6(skb, s, any) : nat_take_port4(skb, s, any);
+		err = v6 ? nat_take_port6(skb, any) : nat_take_port4(skb, any);
 		if (err)
 			return any && err == -REASON_SNAT_EXHAUSTED ? -REASON_FLOW_COLLISION : err;
 	}
-	if (err || flow_add_forward(s, cfg, v6))
-		return -REASON_FLOW_TABLE_FULL;
-	gc_kick(cfg, v6);
-	return 0;
+	return err || flow_add_forward(s, cfg, v6) ? -REASON_FLOW_TABLE_FULL : 0;
 }
 
-__noinline int flow_open4(struct __sk_buff *skb, struct scratch *s)
+__noinline int flow_open4(struct __sk_buff *skb)
 {
+	struct scratch *s = scratch_get();
+
 	return s ? flow_open_of(skb, s, false) : -REASON_FLOW_TABLE_FULL;
 }
 
-__noinline int flow_open6(struct __sk_buff *skb, struct scratch *s)
+__noinline int flow_open6(struct __sk_buff *skb)
 {
+	struct scratch *s = scratch_get();
+
 	return s ? flow_open_of(skb, s, true) : -REASON_FLOW_TABLE_FULL;
 }
 
 /* Opens the flow that s->plan says. 0 or -REASON. */
-static __always_inline int flow_open(struct __sk_buff *skb, struct scratch *s, const bool v6)
+static __always_inline int flow_open(struct __sk_buff *skb, const bool v6)
 {
-	return v6 ? flow_open6(skb, s) : flow_open4(skb, s);
+	return v6 ? flow_open6(skb) : flow_open4(skb);
 }

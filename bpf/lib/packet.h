@@ -174,7 +174,8 @@ static __always_inline void *header(struct __sk_buff *skb, __u32 off, const __u3
 {
 	void *p = packet_start(skb);
 
-	off &= MAX_OFFSET;
+	/* In assembly: the compiler knows the bound already, the verifier has forgotten it. */
+	asm volatile("%[off] &= %[max]" : [off] "+r"(off) : [max] "i"(MAX_OFFSET));
 	p += off;
 	/* One pointer for check and use: the verifier knows nothing of sums. */
 	asm volatile("" : "+r"(p));
@@ -211,8 +212,7 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct packet *p, con
 
 		if (p->l4_len < sizeof(*tcp) || !(tcp = header(skb, p->l4, sizeof(*tcp))))
 			return -REASON_MALFORMED;
-		if (tcp->doff < 5 ||
-		    (!(p->flags & PACKET_FRAGMENT) && tcp->doff * 4 > p->l4_len))
+		if (tcp->doff < 5 || (!(p->flags & PACKET_FRAGMENT) && tcp->doff * 4 > p->l4_len))
 			return -REASON_MALFORMED;
 		p->sport = tcp->source;
 		p->dport = tcp->dest;

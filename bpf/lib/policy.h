@@ -15,7 +15,6 @@
 #endif
 
 #define LO_IFINDEX 1 /* of every network namespace */
-#define SUBNET_BITS_MASK 0xffff
 
 static __always_inline struct endpoint *endpoint_get(__u32 slot)
 {
@@ -61,7 +60,8 @@ static __always_inline bool maybe_in_subnet(const struct port_class *class, cons
 		bit = (a->w[0] >> 16) ^ (a->w[0] & 0xffff);
 	else
 		bit = a->w[3];
-	bit &= SUBNET_BITS_MASK;
+	/* In assembly: before Linux 6.5 the verifier does not know what an exclusive or leaves. */
+	asm volatile("%[bit] &= 0xffff" : [bit] "+r"(bit));
 	return class->subnets[bit >> 3] & (1 << (bit & 7));
 }
 
@@ -115,7 +115,7 @@ static __always_inline bool port_reserved(const struct packet *p, const struct c
 	struct reservation_key k = { .port = p->dport, .proto = p->proto };
 	struct reservation *r;
 
-	if (!(class->engine[bpf_ntohs(p->dport)] & port_bit(p->proto)))
+	if (!(class->engine[port_index(p->dport)] & port_bit(p->proto)))
 		return false;
 	if (p->proto == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
 		return false;
@@ -142,7 +142,8 @@ static __always_inline bool owns_address_of(const struct endpoint *ep, __u32 slo
 		if (a->w[2] == bpf_htonl(high) && a->w[3] == bpf_htonl(low))
 			return true;
 	}
-	other = endpoint_get(endpoint_by_addr(a));
+	other = endpoint_get(
+		endpoint_by_addr(&k.addr)); /* a key must not be an argument before 6.2 */
 	if (other && other->sandbox == ep->sandbox)
 		return true;
 	return bpf_map_lookup_elem(&allowed_sources, &k);
@@ -165,8 +166,8 @@ static __always_inline bool owns_address(struct endpoint *ep, __u32 slot, struct
 }
 
 /* Whether the sandbox of ep may send from the packet's source. 0 or -REASON. */
-static __always_inline int check_source(struct packet *p, struct endpoint *ep,
-					__u32 slot, const bool v6)
+static __always_inline int check_source(struct packet *p, struct endpoint *ep, __u32 slot,
+					const bool v6)
 {
 	if (addr_is_loopback(&p->saddr, v6))
 		return -REASON_LOOPBACK_ADDRESS;
@@ -174,7 +175,8 @@ static __always_inline int check_source(struct packet *p, struct endpoint *ep,
 		/* DAD and MLD; DHCP (RFC 2131 4.1) */
 		if (v6 ? p->flags & PACKET_NEIGHBOUR :
 			 p->saddr.w[3] == 0 && p->proto == IPPROTO_UDP &&
-				 p->dport == bpf_htons(67) && p->daddr.w[3] == bpf_htonl(0xffffffff))
+				    p->dport == bpf_htons(67) &&
+				    p->daddr.w[3] == bpf_htonl(0xffffffff))
 			return 0;
 		return -REASON_LOOPBACK_ADDRESS;
 	}
@@ -211,8 +213,7 @@ static __always_inline int route_of(struct __sk_buff *skb, struct scratch *s, co
 		fib.ipv4_dst = q->to.w[3];
 	}
 	err = bpf_fib_lookup(skb, &fib, sizeof(fib),
-			     BPF_FIB_LOOKUP_SKIP_NEIGH |
-				     (q->want_source ? BPF_FIB_LOOKUP_SRC : 0));
+			     BPF_FIB_LOOKUP_SKIP_NEIGH | (q->want_source ? BPF_FIB_LOOKUP_SRC : 0));
 	if (err != BPF_FIB_LKUP_RET_SUCCESS && err != BPF_FIB_LKUP_RET_NO_NEIGH)
 		return ROUTE_STACK;
 	if (v6) {
@@ -239,19 +240,23 @@ static __always_inline int route_of(struct __sk_buff *skb, struct scratch *s, co
 	return ROUTE_OK;
 }
 
-__noinline int route4(struct __sk_buff *skb, struct scratch *s)
+__noinline int route4(struct __sk_buff *skb)
 {
+	struct scratch *s = scratch_get();
+
 	return s ? route_of(skb, s, false) : ROUTE_STACK;
 }
 
-__noinline int route6(struct __sk_buff *skb, struct scratch *s)
+__noinline int route6(struct __sk_buff *skb)
 {
+	struct scratch *s = scratch_get();
+
 	return s ? route_of(skb, s, true) : ROUTE_STACK;
 }
 
-static __always_inline int route(struct __sk_buff *skb, struct scratch *s, const bool v6)
+static __always_inline int route(struct __sk_buff *skb, const bool v6)
 {
-	return v6 ? route6(skb, s) : route4(skb, s);
+	return v6 ? route6(skb) : route4(skb);
 }
 
 /* The opening half towards a container. */
@@ -345,7 +350,7 @@ static __always_inline int plan_published(struct __sk_buff *skb, struct scratch 
 		s->route.bridge = net->ifindex;
 		s->route.want_source = false;
 		s->route.reverse = true;
-		if (route(skb, s, v6) != ROUTE_OK)
+		if (route(skb, v6) != ROUTE_OK)
 			return -REASON_NO_ROUTE;
 	}
 	return 0;

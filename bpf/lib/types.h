@@ -160,8 +160,10 @@ enum port_bits {
  */
 struct port_class {
 	enum port_bits ports[65536]; /* by port, host order */
-	enum port_bits engine[65536]; /* by port: PORT_TCP, PORT_UDP, PORT_SCTP where the engine holds a reservation */
-	__u8 subnets[8192]; /* a bit by the first 16 bits of an IPv4 or the fold of an IPv6 address */
+	enum port_bits engine
+		[65536]; /* by port: PORT_TCP, PORT_UDP, PORT_SCTP where the engine holds a reservation */
+	__u8 subnets
+		[8192]; /* a bit by the first 16 bits of an IPv4 or the fold of an IPv6 address */
 };
 
 /* A port that the container engine bound: its reservation socket, until it is published. */
@@ -233,7 +235,8 @@ struct flow6_key {
 };
 
 enum flow_flags {
-	FLOW_OUT_MASK = 3, /* enum hook of the partner, which says where to: container, uplink, host; 0: stack */
+	FLOW_OUT_MASK =
+		3, /* enum hook of the partner, which says where to: container, uplink, host; 0: stack */
 	FLOW_NAT = 4, /* addresses or ports change */
 	FLOW_ROUTED = 8, /* a hop: the TTL goes down */
 	FLOW_SNAT = 16, /* holds a masquerade port, or answers one that does */

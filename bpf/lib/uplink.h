@@ -32,7 +32,7 @@ static __always_inline int uplink_slow(struct __sk_buff *skb, struct scratch *s,
 	}
 	if (p->flags & (PACKET_ICMP_ERROR | PACKET_PORTS_LOST))
 		return PASS;
-	if (class->ports[bpf_ntohs(p->dport)] & port_bit(p->proto))
+	if (class->ports[port_index(p->dport)] & port_bit(p->proto))
 		port = port_find(p, v6);
 	if (!port && !port_reserved(p, cfg, class))
 		return PASS;
@@ -57,13 +57,17 @@ static __always_inline int uplink_slow(struct __sk_buff *skb, struct scratch *s,
 	return VERDICT_OPEN;
 }
 
-__noinline int uplink_slow4(struct __sk_buff *skb, struct scratch *s)
+__noinline int uplink_slow4(struct __sk_buff *skb)
 {
+	struct scratch *s = scratch_get();
+
 	return s ? uplink_slow(skb, s, false) : TC_ACT_SHOT;
 }
 
-__noinline int uplink_slow6(struct __sk_buff *skb, struct scratch *s)
+__noinline int uplink_slow6(struct __sk_buff *skb)
 {
+	struct scratch *s = scratch_get();
+
 	return s ? uplink_slow(skb, s, true) : TC_ACT_SHOT;
 }
 
@@ -75,14 +79,14 @@ static __always_inline int uplink_ip(struct __sk_buff *skb, struct scratch *s, c
 	struct config *cfg;
 	bool subnet;
 	__u8 bits;
-	__u16 dport;
+	__u32 dport;
 	struct flow *f;
 
 	/* What is cut short or absurd is the stack's to refuse: it is not ours until it matches. */
 	if (!class || parse_ip(skb, p, v6) < 0)
 		return PASS;
 	subnet = p->hook == HOOK_UPLINK && maybe_in_subnet(class, &p->daddr, v6);
-	dport = bpf_ntohs(p->dport);
+	dport = port_index(p->dport);
 	bits = class->ports[dport];
 	if (!subnet && !(p->flags & PACKET_FRAGMENT) &&
 	    (p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP) &&
@@ -91,7 +95,7 @@ static __always_inline int uplink_ip(struct __sk_buff *skb, struct scratch *s, c
 	if (p->flags & PACKET_NEIGHBOUR)
 		return PASS;
 	if (p->flags & PACKET_FRAGMENT)
-		p->flags |= fragment_ports(skb, s);
+		p->flags |= fragment_ports(skb);
 	if (!(p->flags & (PACKET_ICMP_ERROR | PACKET_PORTS_LOST))) {
 		f = flow_find(p, p->hook, v6);
 		if (f) {
@@ -100,10 +104,10 @@ static __always_inline int uplink_ip(struct __sk_buff *skb, struct scratch *s, c
 				f->generation = cfg->generation;
 			if (p->tcp_flags & (TCP_SYN | TCP_FIN))
 				flow_tcp_turn(p, f, v6);
-			return forward(skb, p, f, false, v6);
+			return forward_fast(skb, p, f, v6);
 		}
 	}
-	return conclude(skb, s, v6 ? uplink_slow6(skb, s) : uplink_slow4(skb, s), v6);
+	return conclude(skb, v6 ? uplink_slow6(skb) : uplink_slow4(skb), v6);
 }
 
 static __always_inline int from_uplink_frame(struct __sk_buff *skb, __u8 hook, const bool ethernet)
@@ -142,17 +146,21 @@ static __always_inline int restore_error_of(struct __sk_buff *skb, struct scratc
 		return 0;
 	f = quoted_flow(s, HOOK_CONTAINER, v6);
 	if (f && f->flags & FLOW_NAT && flow_out(f) == HOOK_UPLINK)
-		return icmp_rewrite(skb, s, f, false, v6);
+		return icmp_rewrite(skb, f, false, v6);
 	return 0;
 }
 
-__noinline int restore_error4(struct __sk_buff *skb, struct scratch *s)
+__noinline int restore_error4(struct __sk_buff *skb)
 {
+	struct scratch *s = scratch_get();
+
 	return s ? restore_error_of(skb, s, false) : 0;
 }
 
-__noinline int restore_error6(struct __sk_buff *skb, struct scratch *s)
+__noinline int restore_error6(struct __sk_buff *skb)
 {
+	struct scratch *s = scratch_get();
+
 	return s ? restore_error_of(skb, s, true) : 0;
 }
 
@@ -193,8 +201,8 @@ static __always_inline int to_uplink_frame(struct __sk_buff *skb, const bool eth
 		return PASS;
 	s->packet.l3 = l3;
 	if (proto == bpf_htons(ETH_P_IP))
-		err = restore_error4(skb, s);
+		err = restore_error4(skb);
 	else
-		err = restore_error6(skb, s);
+		err = restore_error6(skb);
 	return err ? drop(skb, HOOK_TO_UPLINK, REASON_MALFORMED) : PASS;
 }
