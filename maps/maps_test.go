@@ -178,6 +178,47 @@ func TestApply(t *testing.T) {
 	})
 }
 
+// Needs root. Who takes a slot up begins to count at zero; who has it goes on, over restarts too.
+func TestCountersRestart(t *testing.T) {
+	m := newMaps(t)
+	w, err := NewWriter(m)
+	require.NoError(t, err)
+	count := func() {
+		endpoint := make([]bpf.DatapathEndpointCount, ebpf.MustPossibleCPU())
+		endpoint[0].Rx.Packets = 7
+		require.NoError(t, m.m["endpoint_stats"].Put(uint32(1), endpoint))
+		port := make([]bpf.DatapathPortCount, ebpf.MustPossibleCPU())
+		port[0].Connections = 7
+		require.NoError(t, m.m["port_stats"].Put(uint32(1), port))
+	}
+	counted := func() (packets, connections uint64) {
+		e, err := m.EndpointStats(1)
+		require.NoError(t, err)
+		p, err := m.PortStats(1)
+		require.NoError(t, err)
+		return e.RxPackets, p.Connections
+	}
+	count()
+	_, err = w.Apply(tables(), settings())
+	require.NoError(t, err)
+	packets, connections := counted()
+	require.Zero(t, packets)
+	require.Zero(t, connections)
+
+	count()
+	next := tables()
+	next.Endpoints[1] = policy.EndpointRow{Ifindex: 20, Sandbox: 1, Network: 1, Addr4: netip.MustParseAddr("172.17.0.2"), Ready: true}
+	_, err = w.Apply(next, settings())
+	require.NoError(t, err)
+	again, err := NewWriter(m)
+	require.NoError(t, err)
+	_, err = again.Apply(next, settings())
+	require.NoError(t, err)
+	packets, connections = counted()
+	require.EqualValues(t, 7, packets)
+	require.EqualValues(t, 7, connections)
+}
+
 // Needs root. Every change of the tables has each flow judged again.
 func TestGeneration(t *testing.T) {
 	m := newMaps(t)

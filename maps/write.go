@@ -226,6 +226,10 @@ func (w *Writer) Apply(t policy.Tables, s Settings) (Result, error) {
 	do(put(m["endpoints"], w.have.addrs, want.addrs))
 	do(put(m["allowed_sources"], w.have.sources, want.sources))
 	do(put(m["pairs"], w.have.pairs, want.pairs))
+	// Who takes a slot up does not take over what an earlier owner has counted.
+	errs = append(errs,
+		restart[bpf.DatapathEndpointCount](m["endpoint_stats"], w.have.slots, want.slots),
+		restart[bpf.DatapathPortCount](m["port_stats"], w.have.portSlots, want.portSlots))
 	do(put(m["endpoint_slots"], w.have.slots, want.slots))
 	do(put(m["links"], w.have.links, want.links))
 	do(put(m["port_slots"], w.have.portSlots, want.portSlots))
@@ -281,6 +285,20 @@ func zero[V comparable](m *ebpf.Map, have, want map[uint32]V) (int, error) {
 		n++
 	}
 	return n, errors.Join(errs...)
+}
+
+// restart sets the counters of the slots that are about to be taken up to zero, on every CPU.
+func restart[C any, V comparable](m *ebpf.Map, have, want map[uint32]V) error {
+	var errs []error
+	for slot := range want {
+		if _, ok := have[slot]; ok {
+			continue
+		}
+		if err := m.Put(slot, make([]C, ebpf.MustPossibleCPU())); err != nil {
+			errs = append(errs, fmt.Errorf("restart %s: %w", m, err))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 func put[K, V comparable](m *ebpf.Map, have, want map[K]V) (int, error) {
