@@ -237,6 +237,12 @@ type DatapathHostAddr struct {
 	Ifindex uint32
 }
 
+type DatapathMasqueradeAddr struct {
+	_     structs.HostLayout
+	Addr4 uint32
+	Addr6 DatapathAddr
+}
+
 type DatapathNetwork struct {
 	_        structs.HostLayout
 	Ifindex  uint32
@@ -495,41 +501,42 @@ type DatapathSubnetKey struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	DatapathMapAllowedSources = "allowed_sources"
-	DatapathMapConfig         = "config"
-	DatapathMapDrops          = "drops"
-	DatapathMapEndpointSlots  = "endpoint_slots"
-	DatapathMapEndpointStats  = "endpoint_stats"
-	DatapathMapEndpoints      = "endpoints"
-	DatapathMapFates          = "fates"
-	DatapathMapFlowGauge      = "flow_gauge"
-	DatapathMapFlows4         = "flows4"
-	DatapathMapFlows6         = "flows6"
-	DatapathMapFrags          = "frags"
-	DatapathMapGc             = "gc"
-	DatapathMapHostAddrs      = "host_addrs"
-	DatapathMapLinks          = "links"
-	DatapathMapNetworkSlots   = "network_slots"
-	DatapathMapPairs          = "pairs"
-	DatapathMapPortClass      = "port_class"
-	DatapathMapPortSlots      = "port_slots"
-	DatapathMapPortStats      = "port_stats"
-	DatapathMapPorts          = "ports"
-	DatapathMapReservations   = "reservations"
-	DatapathMapScratch        = "scratch"
-	DatapathMapSnatStats      = "snat_stats"
-	DatapathMapSockPeers      = "sock_peers"
-	DatapathMapSubnets        = "subnets"
-	DatapathProgExpire        = "expire"
-	DatapathProgFromBridge    = "from_bridge"
-	DatapathProgFromContainer = "from_container"
-	DatapathProgFromHost      = "from_host"
-	DatapathProgFromUplink    = "from_uplink"
-	DatapathProgFromUplinkL3  = "from_uplink_l3"
-	DatapathProgPurge         = "purge"
-	DatapathProgToContainer   = "to_container"
-	DatapathProgToUplink      = "to_uplink"
-	DatapathProgToUplinkL3    = "to_uplink_l3"
+	DatapathMapAllowedSources  = "allowed_sources"
+	DatapathMapConfig          = "config"
+	DatapathMapDrops           = "drops"
+	DatapathMapEndpointSlots   = "endpoint_slots"
+	DatapathMapEndpointStats   = "endpoint_stats"
+	DatapathMapEndpoints       = "endpoints"
+	DatapathMapFates           = "fates"
+	DatapathMapFlowGauge       = "flow_gauge"
+	DatapathMapFlows4          = "flows4"
+	DatapathMapFlows6          = "flows6"
+	DatapathMapFrags           = "frags"
+	DatapathMapGc              = "gc"
+	DatapathMapHostAddrs       = "host_addrs"
+	DatapathMapLinks           = "links"
+	DatapathMapMasqueradeAddrs = "masquerade_addrs"
+	DatapathMapNetworkSlots    = "network_slots"
+	DatapathMapPairs           = "pairs"
+	DatapathMapPortClass       = "port_class"
+	DatapathMapPortSlots       = "port_slots"
+	DatapathMapPortStats       = "port_stats"
+	DatapathMapPorts           = "ports"
+	DatapathMapReservations    = "reservations"
+	DatapathMapScratch         = "scratch"
+	DatapathMapSnatStats       = "snat_stats"
+	DatapathMapSockPeers       = "sock_peers"
+	DatapathMapSubnets         = "subnets"
+	DatapathProgExpire         = "expire"
+	DatapathProgFromBridge     = "from_bridge"
+	DatapathProgFromContainer  = "from_container"
+	DatapathProgFromHost       = "from_host"
+	DatapathProgFromUplink     = "from_uplink"
+	DatapathProgFromUplinkL3   = "from_uplink_l3"
+	DatapathProgPurge          = "purge"
+	DatapathProgToContainer    = "to_container"
+	DatapathProgToUplink       = "to_uplink"
+	DatapathProgToUplinkL3     = "to_uplink_l3"
 )
 
 // LoadDatapath returns the embedded CollectionSpec for Datapath.
@@ -590,31 +597,32 @@ type DatapathProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type DatapathMapSpecs struct {
-	AllowedSources *ebpf.MapSpec `ebpf:"allowed_sources"`
-	Config         *ebpf.MapSpec `ebpf:"config"`
-	Drops          *ebpf.MapSpec `ebpf:"drops"`
-	EndpointSlots  *ebpf.MapSpec `ebpf:"endpoint_slots"`
-	EndpointStats  *ebpf.MapSpec `ebpf:"endpoint_stats"`
-	Endpoints      *ebpf.MapSpec `ebpf:"endpoints"`
-	Fates          *ebpf.MapSpec `ebpf:"fates"`
-	FlowGauge      *ebpf.MapSpec `ebpf:"flow_gauge"`
-	Flows4         *ebpf.MapSpec `ebpf:"flows4"`
-	Flows6         *ebpf.MapSpec `ebpf:"flows6"`
-	Frags          *ebpf.MapSpec `ebpf:"frags"`
-	Gc             *ebpf.MapSpec `ebpf:"gc"`
-	HostAddrs      *ebpf.MapSpec `ebpf:"host_addrs"`
-	Links          *ebpf.MapSpec `ebpf:"links"`
-	NetworkSlots   *ebpf.MapSpec `ebpf:"network_slots"`
-	Pairs          *ebpf.MapSpec `ebpf:"pairs"`
-	PortClass      *ebpf.MapSpec `ebpf:"port_class"`
-	PortSlots      *ebpf.MapSpec `ebpf:"port_slots"`
-	PortStats      *ebpf.MapSpec `ebpf:"port_stats"`
-	Ports          *ebpf.MapSpec `ebpf:"ports"`
-	Reservations   *ebpf.MapSpec `ebpf:"reservations"`
-	Scratch        *ebpf.MapSpec `ebpf:"scratch"`
-	SnatStats      *ebpf.MapSpec `ebpf:"snat_stats"`
-	SockPeers      *ebpf.MapSpec `ebpf:"sock_peers"`
-	Subnets        *ebpf.MapSpec `ebpf:"subnets"`
+	AllowedSources  *ebpf.MapSpec `ebpf:"allowed_sources"`
+	Config          *ebpf.MapSpec `ebpf:"config"`
+	Drops           *ebpf.MapSpec `ebpf:"drops"`
+	EndpointSlots   *ebpf.MapSpec `ebpf:"endpoint_slots"`
+	EndpointStats   *ebpf.MapSpec `ebpf:"endpoint_stats"`
+	Endpoints       *ebpf.MapSpec `ebpf:"endpoints"`
+	Fates           *ebpf.MapSpec `ebpf:"fates"`
+	FlowGauge       *ebpf.MapSpec `ebpf:"flow_gauge"`
+	Flows4          *ebpf.MapSpec `ebpf:"flows4"`
+	Flows6          *ebpf.MapSpec `ebpf:"flows6"`
+	Frags           *ebpf.MapSpec `ebpf:"frags"`
+	Gc              *ebpf.MapSpec `ebpf:"gc"`
+	HostAddrs       *ebpf.MapSpec `ebpf:"host_addrs"`
+	Links           *ebpf.MapSpec `ebpf:"links"`
+	MasqueradeAddrs *ebpf.MapSpec `ebpf:"masquerade_addrs"`
+	NetworkSlots    *ebpf.MapSpec `ebpf:"network_slots"`
+	Pairs           *ebpf.MapSpec `ebpf:"pairs"`
+	PortClass       *ebpf.MapSpec `ebpf:"port_class"`
+	PortSlots       *ebpf.MapSpec `ebpf:"port_slots"`
+	PortStats       *ebpf.MapSpec `ebpf:"port_stats"`
+	Ports           *ebpf.MapSpec `ebpf:"ports"`
+	Reservations    *ebpf.MapSpec `ebpf:"reservations"`
+	Scratch         *ebpf.MapSpec `ebpf:"scratch"`
+	SnatStats       *ebpf.MapSpec `ebpf:"snat_stats"`
+	SockPeers       *ebpf.MapSpec `ebpf:"sock_peers"`
+	Subnets         *ebpf.MapSpec `ebpf:"subnets"`
 }
 
 // DatapathVariableSpecs contains global variables before they are loaded into the kernel.
@@ -643,31 +651,32 @@ func (o *DatapathObjects) Close() error {
 //
 // It can be passed to LoadDatapathObjects or ebpf.CollectionSpec.LoadAndAssign.
 type DatapathMaps struct {
-	AllowedSources *ebpf.Map `ebpf:"allowed_sources"`
-	Config         *ebpf.Map `ebpf:"config"`
-	Drops          *ebpf.Map `ebpf:"drops"`
-	EndpointSlots  *ebpf.Map `ebpf:"endpoint_slots"`
-	EndpointStats  *ebpf.Map `ebpf:"endpoint_stats"`
-	Endpoints      *ebpf.Map `ebpf:"endpoints"`
-	Fates          *ebpf.Map `ebpf:"fates"`
-	FlowGauge      *ebpf.Map `ebpf:"flow_gauge"`
-	Flows4         *ebpf.Map `ebpf:"flows4"`
-	Flows6         *ebpf.Map `ebpf:"flows6"`
-	Frags          *ebpf.Map `ebpf:"frags"`
-	Gc             *ebpf.Map `ebpf:"gc"`
-	HostAddrs      *ebpf.Map `ebpf:"host_addrs"`
-	Links          *ebpf.Map `ebpf:"links"`
-	NetworkSlots   *ebpf.Map `ebpf:"network_slots"`
-	Pairs          *ebpf.Map `ebpf:"pairs"`
-	PortClass      *ebpf.Map `ebpf:"port_class"`
-	PortSlots      *ebpf.Map `ebpf:"port_slots"`
-	PortStats      *ebpf.Map `ebpf:"port_stats"`
-	Ports          *ebpf.Map `ebpf:"ports"`
-	Reservations   *ebpf.Map `ebpf:"reservations"`
-	Scratch        *ebpf.Map `ebpf:"scratch"`
-	SnatStats      *ebpf.Map `ebpf:"snat_stats"`
-	SockPeers      *ebpf.Map `ebpf:"sock_peers"`
-	Subnets        *ebpf.Map `ebpf:"subnets"`
+	AllowedSources  *ebpf.Map `ebpf:"allowed_sources"`
+	Config          *ebpf.Map `ebpf:"config"`
+	Drops           *ebpf.Map `ebpf:"drops"`
+	EndpointSlots   *ebpf.Map `ebpf:"endpoint_slots"`
+	EndpointStats   *ebpf.Map `ebpf:"endpoint_stats"`
+	Endpoints       *ebpf.Map `ebpf:"endpoints"`
+	Fates           *ebpf.Map `ebpf:"fates"`
+	FlowGauge       *ebpf.Map `ebpf:"flow_gauge"`
+	Flows4          *ebpf.Map `ebpf:"flows4"`
+	Flows6          *ebpf.Map `ebpf:"flows6"`
+	Frags           *ebpf.Map `ebpf:"frags"`
+	Gc              *ebpf.Map `ebpf:"gc"`
+	HostAddrs       *ebpf.Map `ebpf:"host_addrs"`
+	Links           *ebpf.Map `ebpf:"links"`
+	MasqueradeAddrs *ebpf.Map `ebpf:"masquerade_addrs"`
+	NetworkSlots    *ebpf.Map `ebpf:"network_slots"`
+	Pairs           *ebpf.Map `ebpf:"pairs"`
+	PortClass       *ebpf.Map `ebpf:"port_class"`
+	PortSlots       *ebpf.Map `ebpf:"port_slots"`
+	PortStats       *ebpf.Map `ebpf:"port_stats"`
+	Ports           *ebpf.Map `ebpf:"ports"`
+	Reservations    *ebpf.Map `ebpf:"reservations"`
+	Scratch         *ebpf.Map `ebpf:"scratch"`
+	SnatStats       *ebpf.Map `ebpf:"snat_stats"`
+	SockPeers       *ebpf.Map `ebpf:"sock_peers"`
+	Subnets         *ebpf.Map `ebpf:"subnets"`
 }
 
 func (m *DatapathMaps) Close() error {
@@ -686,6 +695,7 @@ func (m *DatapathMaps) Close() error {
 		m.Gc,
 		m.HostAddrs,
 		m.Links,
+		m.MasqueradeAddrs,
 		m.NetworkSlots,
 		m.Pairs,
 		m.PortClass,

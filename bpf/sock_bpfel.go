@@ -171,6 +171,12 @@ type SockHostAddr struct {
 	Ifindex uint32
 }
 
+type SockMasqueradeAddr struct {
+	_     structs.HostLayout
+	Addr4 uint32
+	Addr6 SockAddr
+}
+
 type SockNetwork struct {
 	_        structs.HostLayout
 	Ifindex  uint32
@@ -296,6 +302,7 @@ const (
 	SockMapFrags             = "frags"
 	SockMapHostAddrs         = "host_addrs"
 	SockMapLinks             = "links"
+	SockMapMasqueradeAddrs   = "masquerade_addrs"
 	SockMapNetworkSlots      = "network_slots"
 	SockMapPairs             = "pairs"
 	SockMapPortClass         = "port_class"
@@ -379,30 +386,31 @@ type SockProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SockMapSpecs struct {
-	AllowedSources *ebpf.MapSpec `ebpf:"allowed_sources"`
-	Config         *ebpf.MapSpec `ebpf:"config"`
-	Drops          *ebpf.MapSpec `ebpf:"drops"`
-	EndpointSlots  *ebpf.MapSpec `ebpf:"endpoint_slots"`
-	EndpointStats  *ebpf.MapSpec `ebpf:"endpoint_stats"`
-	Endpoints      *ebpf.MapSpec `ebpf:"endpoints"`
-	Fates          *ebpf.MapSpec `ebpf:"fates"`
-	FlowGauge      *ebpf.MapSpec `ebpf:"flow_gauge"`
-	Flows4         *ebpf.MapSpec `ebpf:"flows4"`
-	Flows6         *ebpf.MapSpec `ebpf:"flows6"`
-	Frags          *ebpf.MapSpec `ebpf:"frags"`
-	HostAddrs      *ebpf.MapSpec `ebpf:"host_addrs"`
-	Links          *ebpf.MapSpec `ebpf:"links"`
-	NetworkSlots   *ebpf.MapSpec `ebpf:"network_slots"`
-	Pairs          *ebpf.MapSpec `ebpf:"pairs"`
-	PortClass      *ebpf.MapSpec `ebpf:"port_class"`
-	PortSlots      *ebpf.MapSpec `ebpf:"port_slots"`
-	PortStats      *ebpf.MapSpec `ebpf:"port_stats"`
-	Ports          *ebpf.MapSpec `ebpf:"ports"`
-	Reservations   *ebpf.MapSpec `ebpf:"reservations"`
-	SnatStats      *ebpf.MapSpec `ebpf:"snat_stats"`
-	SockMarks      *ebpf.MapSpec `ebpf:"sock_marks"`
-	SockPeers      *ebpf.MapSpec `ebpf:"sock_peers"`
-	Subnets        *ebpf.MapSpec `ebpf:"subnets"`
+	AllowedSources  *ebpf.MapSpec `ebpf:"allowed_sources"`
+	Config          *ebpf.MapSpec `ebpf:"config"`
+	Drops           *ebpf.MapSpec `ebpf:"drops"`
+	EndpointSlots   *ebpf.MapSpec `ebpf:"endpoint_slots"`
+	EndpointStats   *ebpf.MapSpec `ebpf:"endpoint_stats"`
+	Endpoints       *ebpf.MapSpec `ebpf:"endpoints"`
+	Fates           *ebpf.MapSpec `ebpf:"fates"`
+	FlowGauge       *ebpf.MapSpec `ebpf:"flow_gauge"`
+	Flows4          *ebpf.MapSpec `ebpf:"flows4"`
+	Flows6          *ebpf.MapSpec `ebpf:"flows6"`
+	Frags           *ebpf.MapSpec `ebpf:"frags"`
+	HostAddrs       *ebpf.MapSpec `ebpf:"host_addrs"`
+	Links           *ebpf.MapSpec `ebpf:"links"`
+	MasqueradeAddrs *ebpf.MapSpec `ebpf:"masquerade_addrs"`
+	NetworkSlots    *ebpf.MapSpec `ebpf:"network_slots"`
+	Pairs           *ebpf.MapSpec `ebpf:"pairs"`
+	PortClass       *ebpf.MapSpec `ebpf:"port_class"`
+	PortSlots       *ebpf.MapSpec `ebpf:"port_slots"`
+	PortStats       *ebpf.MapSpec `ebpf:"port_stats"`
+	Ports           *ebpf.MapSpec `ebpf:"ports"`
+	Reservations    *ebpf.MapSpec `ebpf:"reservations"`
+	SnatStats       *ebpf.MapSpec `ebpf:"snat_stats"`
+	SockMarks       *ebpf.MapSpec `ebpf:"sock_marks"`
+	SockPeers       *ebpf.MapSpec `ebpf:"sock_peers"`
+	Subnets         *ebpf.MapSpec `ebpf:"subnets"`
 }
 
 // SockVariableSpecs contains global variables before they are loaded into the kernel.
@@ -431,30 +439,31 @@ func (o *SockObjects) Close() error {
 //
 // It can be passed to LoadSockObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SockMaps struct {
-	AllowedSources *ebpf.Map `ebpf:"allowed_sources"`
-	Config         *ebpf.Map `ebpf:"config"`
-	Drops          *ebpf.Map `ebpf:"drops"`
-	EndpointSlots  *ebpf.Map `ebpf:"endpoint_slots"`
-	EndpointStats  *ebpf.Map `ebpf:"endpoint_stats"`
-	Endpoints      *ebpf.Map `ebpf:"endpoints"`
-	Fates          *ebpf.Map `ebpf:"fates"`
-	FlowGauge      *ebpf.Map `ebpf:"flow_gauge"`
-	Flows4         *ebpf.Map `ebpf:"flows4"`
-	Flows6         *ebpf.Map `ebpf:"flows6"`
-	Frags          *ebpf.Map `ebpf:"frags"`
-	HostAddrs      *ebpf.Map `ebpf:"host_addrs"`
-	Links          *ebpf.Map `ebpf:"links"`
-	NetworkSlots   *ebpf.Map `ebpf:"network_slots"`
-	Pairs          *ebpf.Map `ebpf:"pairs"`
-	PortClass      *ebpf.Map `ebpf:"port_class"`
-	PortSlots      *ebpf.Map `ebpf:"port_slots"`
-	PortStats      *ebpf.Map `ebpf:"port_stats"`
-	Ports          *ebpf.Map `ebpf:"ports"`
-	Reservations   *ebpf.Map `ebpf:"reservations"`
-	SnatStats      *ebpf.Map `ebpf:"snat_stats"`
-	SockMarks      *ebpf.Map `ebpf:"sock_marks"`
-	SockPeers      *ebpf.Map `ebpf:"sock_peers"`
-	Subnets        *ebpf.Map `ebpf:"subnets"`
+	AllowedSources  *ebpf.Map `ebpf:"allowed_sources"`
+	Config          *ebpf.Map `ebpf:"config"`
+	Drops           *ebpf.Map `ebpf:"drops"`
+	EndpointSlots   *ebpf.Map `ebpf:"endpoint_slots"`
+	EndpointStats   *ebpf.Map `ebpf:"endpoint_stats"`
+	Endpoints       *ebpf.Map `ebpf:"endpoints"`
+	Fates           *ebpf.Map `ebpf:"fates"`
+	FlowGauge       *ebpf.Map `ebpf:"flow_gauge"`
+	Flows4          *ebpf.Map `ebpf:"flows4"`
+	Flows6          *ebpf.Map `ebpf:"flows6"`
+	Frags           *ebpf.Map `ebpf:"frags"`
+	HostAddrs       *ebpf.Map `ebpf:"host_addrs"`
+	Links           *ebpf.Map `ebpf:"links"`
+	MasqueradeAddrs *ebpf.Map `ebpf:"masquerade_addrs"`
+	NetworkSlots    *ebpf.Map `ebpf:"network_slots"`
+	Pairs           *ebpf.Map `ebpf:"pairs"`
+	PortClass       *ebpf.Map `ebpf:"port_class"`
+	PortSlots       *ebpf.Map `ebpf:"port_slots"`
+	PortStats       *ebpf.Map `ebpf:"port_stats"`
+	Ports           *ebpf.Map `ebpf:"ports"`
+	Reservations    *ebpf.Map `ebpf:"reservations"`
+	SnatStats       *ebpf.Map `ebpf:"snat_stats"`
+	SockMarks       *ebpf.Map `ebpf:"sock_marks"`
+	SockPeers       *ebpf.Map `ebpf:"sock_peers"`
+	Subnets         *ebpf.Map `ebpf:"subnets"`
 }
 
 func (m *SockMaps) Close() error {
@@ -472,6 +481,7 @@ func (m *SockMaps) Close() error {
 		m.Frags,
 		m.HostAddrs,
 		m.Links,
+		m.MasqueradeAddrs,
 		m.NetworkSlots,
 		m.Pairs,
 		m.PortClass,

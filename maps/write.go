@@ -47,6 +47,7 @@ type realised struct {
 	pairs     map[bpf.DatapathPair]uint8
 	ports     map[bpf.DatapathPortKey]bpf.DatapathPort
 	sources   map[bpf.DatapathSourceKey]uint8
+	masq      map[uint32]bpf.DatapathMasqueradeAddr
 }
 
 // Writer brings the maps to the desired tables. It is the maps' only writer and not safe for
@@ -94,7 +95,7 @@ func (w *Writer) Resync() error {
 		readHash(w.m.m["endpoints"], &h.addrs), readHash(w.m.m["links"], &h.links),
 		readHash(w.m.m["subnets"], &h.subnets), readHash(w.m.m["host_addrs"], &h.hostAddrs),
 		readHash(w.m.m["pairs"], &h.pairs), readHash(w.m.m["ports"], &h.ports),
-		readHash(w.m.m["allowed_sources"], &h.sources),
+		readHash(w.m.m["allowed_sources"], &h.sources), readHash(w.m.m["masquerade_addrs"], &h.masq),
 	); err != nil {
 		return err
 	}
@@ -149,6 +150,7 @@ func desired(t policy.Tables) *realised {
 		pairs:     make(map[bpf.DatapathPair]uint8),
 		ports:     make(map[bpf.DatapathPortKey]bpf.DatapathPort),
 		sources:   make(map[bpf.DatapathSourceKey]uint8),
+		masq:      make(map[uint32]bpf.DatapathMasqueradeAddr),
 	}
 	for slot, n := range t.Networks {
 		d.networks[uint32(slot)] = networkValue(n)
@@ -174,6 +176,9 @@ func desired(t policy.Tables) *realised {
 	for k, p := range t.Ports {
 		d.ports[portKey(k)] = portValue(p)
 		d.portSlots[uint32(p.Slot)] = bpf.DatapathPortSlot{Live: 1}
+	}
+	for ifindex, m := range t.Masquerade {
+		d.masq[uint32(ifindex)] = bpf.DatapathMasqueradeAddr{Addr4: addr4(m.Addr4), Addr6: addr6(m.Addr6)}
 	}
 	for s := range t.Sources {
 		d.sources[bpf.DatapathSourceKey{
@@ -215,6 +220,7 @@ func (w *Writer) Apply(t policy.Tables, s Settings) (Result, error) {
 	removedSlots, err := zero(m["endpoint_slots"], w.have.slots, want.slots)
 	do(removedSlots, err)
 	do(remove(m["endpoints"], w.have.addrs, want.addrs))
+	do(remove(m["masquerade_addrs"], w.have.masq, want.masq))
 	do(remove(m["host_addrs"], w.have.hostAddrs, want.hostAddrs))
 	res.Removed = removedPorts > 0 || removedSlots > 0 || replaced(w.have.slots, want.slots)
 
@@ -222,6 +228,7 @@ func (w *Writer) Apply(t policy.Tables, s Settings) (Result, error) {
 	do(put(m["network_slots"], w.have.networks, want.networks))
 	do(put(m["subnets"], w.have.subnets, want.subnets))
 	do(w.writeClass(t, s))
+	do(put(m["masquerade_addrs"], w.have.masq, want.masq))
 	do(put(m["host_addrs"], w.have.hostAddrs, want.hostAddrs))
 	do(put(m["endpoints"], w.have.addrs, want.addrs))
 	do(put(m["allowed_sources"], w.have.sources, want.sources))

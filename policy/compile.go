@@ -59,6 +59,12 @@ type EndpointRow struct {
 	Addr6   netip.Addr
 }
 
+// MasqueradeAddrs are a device's addresses to masquerade with.
+type MasqueradeAddrs struct {
+	Addr4 netip.Addr // invalid: none
+	Addr6 netip.Addr
+}
+
 // PortKey is what a client dials.
 type PortKey struct {
 	Proto Proto
@@ -89,6 +95,8 @@ type Tables struct {
 	Pairs     map[[2]uint16]struct{} // lower slot first
 	Ports     map[PortKey]PortRow
 	Sources   map[SourceKey]struct{}
+	// Masquerade is by uplink, for kernels that do not tell the source of a route.
+	Masquerade map[int]MasqueradeAddrs
 
 	// Waiting says why an endpoint, by ID, is not READY.
 	Waiting map[string]string
@@ -149,16 +157,17 @@ func Compile(in Intents, last Slots) (Tables, Slots) {
 	slices.SortFunc(ports, func(a, b Port) int { return strings.Compare(a.ID(), b.ID()) })
 
 	t := Tables{
-		Networks:  make(map[uint16]NetworkRow),
-		Endpoints: make(map[uint16]EndpointRow),
-		Addrs:     make(map[netip.Addr]uint16),
-		Links:     make(map[int]uint16),
-		Subnets:   make(map[netip.Prefix]uint16),
-		HostAddrs: make(map[netip.Addr]int),
-		Pairs:     make(map[[2]uint16]struct{}),
-		Ports:     make(map[PortKey]PortRow),
-		Sources:   make(map[SourceKey]struct{}),
-		Waiting:   make(map[string]string),
+		Networks:   make(map[uint16]NetworkRow),
+		Endpoints:  make(map[uint16]EndpointRow),
+		Addrs:      make(map[netip.Addr]uint16),
+		Links:      make(map[int]uint16),
+		Subnets:    make(map[netip.Prefix]uint16),
+		HostAddrs:  make(map[netip.Addr]int),
+		Pairs:      make(map[[2]uint16]struct{}),
+		Ports:      make(map[PortKey]PortRow),
+		Sources:    make(map[SourceKey]struct{}),
+		Masquerade: make(map[int]MasqueradeAddrs),
+		Waiting:    make(map[string]string),
 	}
 	var slots Slots
 	var refused []string
@@ -183,6 +192,12 @@ func Compile(in Intents, last Slots) (Tables, Slots) {
 	for _, a := range in.Devices.HostAddrs {
 		if !a.Addr.IsLoopback() {
 			t.HostAddrs[a.Addr.Unmap().WithZone("")] = a.Ifindex
+		}
+	}
+
+	for _, u := range in.Devices.Uplinks {
+		if m := masqueradeAddrs(u); m != (MasqueradeAddrs{}) {
+			t.Masquerade[u.Ifindex] = m
 		}
 	}
 
@@ -251,6 +266,21 @@ func networkRow(n Network, bridges []Bridge) NetworkRow {
 		}
 	}
 	return row
+}
+
+// masqueradeAddrs takes the first global address of each family, as the kernel does without a hint.
+func masqueradeAddrs(u Uplink) MasqueradeAddrs {
+	var m MasqueradeAddrs
+	for _, p := range u.Addrs {
+		switch a := p.Addr().Unmap(); {
+		case a.IsLinkLocalUnicast() || a.IsLoopback():
+		case a.Is4() && !m.Addr4.IsValid():
+			m.Addr4 = a
+		case a.Is6() && !m.Addr6.IsValid():
+			m.Addr6 = a
+		}
+	}
+	return m
 }
 
 func (t *Tables) pairs(allowed [][2]string, networks []Network, slots map[string]uint16) {
@@ -340,7 +370,8 @@ func (t Tables) Equal(o Tables) bool {
 	return maps.Equal(t.Networks, o.Networks) && maps.Equal(t.Endpoints, o.Endpoints) &&
 		maps.Equal(t.Addrs, o.Addrs) && maps.Equal(t.Links, o.Links) &&
 		maps.Equal(t.Subnets, o.Subnets) && maps.Equal(t.HostAddrs, o.HostAddrs) &&
-		maps.Equal(t.Pairs, o.Pairs) && maps.Equal(t.Ports, o.Ports) && maps.Equal(t.Sources, o.Sources)
+		maps.Equal(t.Pairs, o.Pairs) && maps.Equal(t.Ports, o.Ports) && maps.Equal(t.Sources, o.Sources) &&
+		maps.Equal(t.Masquerade, o.Masquerade)
 }
 
 // SortedPorts lists the published ports by what is dialled.

@@ -92,8 +92,13 @@ static __always_inline int forward(struct __sk_buff *skb, const struct packet *p
 		return to_stack(skb, hook);
 	}
 	if (routed && p->ttl <= 1) {
-		/* The stack answers: to a container as if we were not here, else to what it sees. */
-		if (hook != HOOK_CONTAINER && !rewritten)
+		/*
+		 * The stack answers: to a container as if we were not here, else to what it sees. A
+		 * published port is ours: untranslated, the host's own sockets would take it.
+		 */
+		bool dials = f->port && f->flags & FLOW_ORIGIN;
+
+		if ((hook != HOOK_CONTAINER || dials) && !rewritten)
 			err = nat_rewrite(skb, p, f, false, v6);
 		return err ? drop(skb, hook, -err) : to_stack(skb, hook);
 	}
@@ -106,7 +111,8 @@ static __always_inline int forward(struct __sk_buff *skb, const struct packet *p
 			return to_stack(skb, hook);
 		return drop(skb, hook, REASON_TOO_BIG);
 	}
-	flow_touch(skb, p, f);
+	if (!rewritten) /* an error keeps no flow alive, RFC 5508 section 4.2 */
+		flow_touch(skb, p, f);
 	count_flow(skb, f);
 	if (rewritten) {
 		struct flow bare = { .flags = 0 };
@@ -123,8 +129,10 @@ static __always_inline int forward(struct __sk_buff *skb, const struct packet *p
 		if (err)
 			return drop(skb, hook, -err);
 		let_go(skb, hook, FATE_CONTAINER, 0);
-		if (hook == HOOK_HOST)
+		if (hook == HOOK_HOST) {
+			skb->mark = MARK_JUDGED;
 			return bpf_redirect(ifindex, 0);
+		}
 		/* A bridge port sees every frame as for another host. */
 		if (skb->pkt_type != PACKET_HOST)
 			bpf_skb_change_type(skb, PACKET_HOST);
@@ -232,6 +240,8 @@ static __always_inline int conclude_of(struct __sk_buff *skb, struct scratch *s,
 	f = flow_find_slow(s, v6);
 	if (!f)
 		return drop(skb, p->hook, REASON_FLOW_TABLE_FULL);
+	if (p->tcp_flags & (TCP_SYN | TCP_FIN))
+		flow_tcp_turn(p, f, v6);
 	return forward_slow(skb, f, false, v6);
 }
 

@@ -7,7 +7,19 @@
 
 #include "nat.h"
 
-/* Reads the quoted packet, as its sender sent it. 0, or -1 where it says too little. */
+/* Bytes of the packet's own data; padding behind it is none. 0 or negative. */
+static __always_inline long load_data(struct __sk_buff *skb, const struct packet *p, __u32 off,
+				      void *to, __u32 len)
+{
+	if (off + len > (__u32)p->l4 + p->l4_len)
+		return -1;
+	return bpf_skb_load_bytes(skb, off, to, len);
+}
+
+/*
+ * Reads the quoted packet, as its sender sent it. 0, or -1 where it says too little or was not sent by
+ * whom the error goes to.
+ */
 static __always_inline int parse_quoted(struct __sk_buff *skb, struct scratch *s, const bool v6)
 {
 	const struct packet *p = &s->packet;
@@ -22,7 +34,7 @@ static __always_inline int parse_quoted(struct __sk_buff *skb, struct scratch *s
 	if (v6) {
 		struct ipv6hdr ip;
 
-		if (bpf_skb_load_bytes(skb, in->l3, &ip, sizeof(ip)) || ip.version != 6)
+		if (load_data(skb, p, in->l3, &ip, sizeof(ip)) || ip.version != 6)
 			return -1;
 		__builtin_memcpy(&q->saddr, &ip.saddr, sizeof(q->saddr));
 		__builtin_memcpy(&q->daddr, &ip.daddr, sizeof(q->daddr));
@@ -31,7 +43,7 @@ static __always_inline int parse_quoted(struct __sk_buff *skb, struct scratch *s
 	} else {
 		struct iphdr ip;
 
-		if (bpf_skb_load_bytes(skb, in->l3, &ip, sizeof(ip)) || ip.version != 4 ||
+		if (load_data(skb, p, in->l3, &ip, sizeof(ip)) || ip.version != 4 ||
 		    ip.ihl < 5 || ip.frag_off & bpf_htons(IP_FRAGMENT_OFFSET))
 			return -1;
 		addr_from_v4(&q->saddr, ip.saddr);
@@ -39,15 +51,17 @@ static __always_inline int parse_quoted(struct __sk_buff *skb, struct scratch *s
 		q->proto = ip.protocol;
 		in->l4 = in->l3 + ip.ihl * 4;
 	}
+	if (!addr_equal(&p->daddr, &q->saddr))
+		return -1;
 	in->check = 0;
 	if (q->proto == IPPROTO_TCP || q->proto == IPPROTO_UDP || q->proto == IPPROTO_SCTP) {
-		if (bpf_skb_load_bytes(skb, in->l4, ports, sizeof(ports)))
+		if (load_data(skb, p, in->l4, ports, sizeof(ports)))
 			return -1;
 		q->sport = ports[0];
 		q->dport = ports[1];
 	} else if (q->proto == (v6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP)) {
-		if (bpf_skb_load_bytes(skb, in->l4, &type, 1) ||
-		    bpf_skb_load_bytes(skb, in->l4 + 4, ports, 2))
+		if (load_data(skb, p, in->l4, &type, 1) ||
+		    load_data(skb, p, in->l4 + 4, ports, 2))
 			return -1;
 		if (type == (v6 ? ICMPV6_ECHO_REQUEST : ICMP_ECHO))
 			q->sport = ports[0];
@@ -55,7 +69,7 @@ static __always_inline int parse_quoted(struct __sk_buff *skb, struct scratch *s
 			q->dport = ports[0];
 	}
 	off = csum_offset(q->proto, v6);
-	if (off >= 0 && !bpf_skb_load_bytes(skb, in->l4 + off, &in->sum, 2) &&
+	if (off >= 0 && !load_data(skb, p, in->l4 + off, &in->sum, 2) &&
 	    !(q->proto == IPPROTO_UDP && !in->sum))
 		in->check = in->l4 + off;
 	return 0;
@@ -172,10 +186,14 @@ static __always_inline long icmp_rewrite_of(struct __sk_buff *skb, struct scratc
 	}
 	if (in->check) {
 		__u64 diff = ports;
+		__sum16 check;
 
 		if (v6 || q->proto != IPPROTO_ICMP)
 			diff += addresses;
-		err |= put16(skb, sum, in->check, in->sum, csum_apply(in->sum, csum_fold32(diff)));
+		check = csum_apply(in->sum, csum_fold32(diff));
+		if (!check && q->proto == IPPROTO_UDP)
+			check = 0xffff; /* zero would say that there is none */
+		err |= put16(skb, sum, in->check, in->sum, check);
 	}
 	err |= put_outer(skb, p, sum, false, &p->daddr, &in->saddr, v6);
 	if (hide || addr_equal(&p->saddr, &q->daddr))

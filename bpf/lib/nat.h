@@ -70,7 +70,8 @@ static __always_inline long l4_csum_change(struct __sk_buff *skb, __u32 off, __u
 static __always_inline int nat_rewrite(struct __sk_buff *skb, const struct packet *p,
 				       const struct flow *f, bool hop, const bool v6)
 {
-	__u64 addresses = 0, ports = 0;
+	/* open: what no checksum in the packet makes up for, for CHECKSUM_COMPLETE */
+	__u64 addresses = 0, ports = 0, open = 0;
 	int check = csum_offset(p->proto, v6);
 	bool l4 = !(p->flags & PACKET_NO_L4), pseudo = v6 || p->proto != IPPROTO_ICMP;
 	__u64 flags;
@@ -83,10 +84,14 @@ static __always_inline int nat_rewrite(struct __sk_buff *skb, const struct packe
 
 		if (!ip)
 			return -REASON_MALFORMED;
-		if (hop)
+		if (hop) {
+			__u16 old = *(__u16 *)&ip->nexthdr;
+
 			ip->hop_limit--;
+			open = csum_change(open, old, *(__u16 *)&ip->nexthdr);
+		}
 		if (!(f->flags & FLOW_NAT))
-			return 0;
+			goto out;
 		for (int i = 0; i < 4; i++) {
 			addresses = csum_change(addresses, p->saddr.w[i], f6->saddr.w[i]);
 			addresses = csum_change(addresses, p->daddr.w[i], f6->daddr.w[i]);
@@ -118,7 +123,7 @@ static __always_inline int nat_rewrite(struct __sk_buff *skb, const struct packe
 			return 0;
 	}
 	if (!l4)
-		return 0;
+		goto unsummed;
 	if (p->sport != f->sport || p->dport != f->dport) {
 		if (p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP) {
 			__be16 *port = header(skb, p->l4, 4);
@@ -140,14 +145,28 @@ static __always_inline int nat_rewrite(struct __sk_buff *skb, const struct packe
 		ports = csum_change(ports, p->dport, f->dport);
 	}
 	if (check < 0)
-		return 0;
+		goto unsummed;
 	/* UDP: none stays none, and a sum that comes out as zero is sent as ones (RFC 768). */
+	if (p->proto == IPPROTO_UDP) {
+		__sum16 *sum = header(skb, p->l4 + check, sizeof(*sum));
+
+		if (!sum)
+			return -REASON_MALFORMED;
+		if (!*sum)
+			goto unsummed;
+	}
 	flags = p->proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
 	if (pseudo && addresses)
 		l4_csum_change(skb, p->l4 + check, csum_fold32(addresses), flags | BPF_F_PSEUDO_HDR,
 			       v6);
 	if (ports)
 		l4_csum_change(skb, p->l4 + check, csum_fold32(ports), flags, v6);
+	goto out;
+unsummed:
+	open += (v6 ? addresses : 0) + ports; /* IPv4's header sums its own addresses */
+out:
+	if (open)
+		bpf_csum_update(skb, csum_fold32(open));
 	return 0;
 }
 

@@ -62,7 +62,7 @@ enum packet_flags {
 	PACKET_NO_L4 = 2, /* not its first part: no ports in it */
 	PACKET_PORTS_LOST = 4, /* and its first part was not seen */
 	PACKET_ICMP_ERROR = 8,
-	PACKET_NEIGHBOUR = 16, /* ND or MLD: the link's business */
+	PACKET_NEIGHBOUR = 16, /* ND or MLD that no router has seen: the link's business */
 	PACKET_DONT_FRAGMENT = 32,
 };
 
@@ -257,9 +257,14 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct packet *p, con
 		case ICMPV6_ECHO_REPLY:
 			p->dport = icmp->id;
 			break;
-		case 130 ... 137: /* MLD and ND, RFC 2710 and 4861 */
+		case 130 ... 132: /* MLD, RFC 2710 */
 		case 143: /* MLDv2, RFC 3810 */
-			p->flags |= PACKET_NEIGHBOUR;
+			if (p->ttl == 1)
+				p->flags |= PACKET_NEIGHBOUR;
+			break;
+		case 133 ... 137: /* ND, RFC 4861 */
+			if (p->ttl == 255)
+				p->flags |= PACKET_NEIGHBOUR;
 			break;
 		default:
 			if (icmp->type < 128)

@@ -186,6 +186,7 @@ static __always_inline int check_source(struct packet *p, struct endpoint *ep, _
 enum route_result {
 	ROUTE_OK,
 	ROUTE_STACK, /* the stack has an answer: no route, prohibited, or it is the host's own */
+	ROUTE_NONE, /* only the stack could send it, and would do so untranslated */
 };
 
 /*
@@ -196,8 +197,9 @@ static __always_inline int route_of(struct __sk_buff *skb, struct scratch *s, co
 {
 	struct route_query *q = &s->route;
 	struct bpf_fib_lookup fib = {};
+	struct masquerade_addr *addr;
 	struct plan *n = &s->plan;
-	bool stack_hop = false;
+	bool stack_hop = false, own = false;
 	struct addr hop;
 	long err;
 
@@ -214,8 +216,16 @@ static __always_inline int route_of(struct __sk_buff *skb, struct scratch *s, co
 	}
 	err = bpf_fib_lookup(skb, &fib, sizeof(fib),
 			     BPF_FIB_LOOKUP_SKIP_NEIGH | (q->want_source ? BPF_FIB_LOOKUP_SRC : 0));
-	if (err != BPF_FIB_LKUP_RET_SUCCESS && err != BPF_FIB_LKUP_RET_NO_NEIGH)
+	if (err == -EINVAL) { /* before Linux 6.7 */
+		err = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
+		if (fib.mtu_result == 1)
+			fib.mtu_result = 0; /* no neighbour yet: it did not come to the MTU */
+		own = q->want_source;
+	}
+	if (err >= BPF_FIB_LKUP_RET_BLACKHOLE && err <= BPF_FIB_LKUP_RET_FWD_DISABLED)
 		return ROUTE_STACK;
+	if (err != BPF_FIB_LKUP_RET_SUCCESS && err != BPF_FIB_LKUP_RET_NO_NEIGH)
+		return ROUTE_NONE;
 	if (v6) {
 		__builtin_memcpy(&hop, fib.ipv6_dst, sizeof(hop));
 		__builtin_memcpy(&q->source, fib.ipv6_src, sizeof(q->source));
@@ -223,6 +233,15 @@ static __always_inline int route_of(struct __sk_buff *skb, struct scratch *s, co
 		stack_hop = fib.family != 2; /* IPv4 through an IPv6 hop, RFC 5549 */
 		addr_from_v4(&hop, fib.ipv4_dst);
 		addr_from_v4(&q->source, fib.ipv4_src);
+	}
+	if (own) {
+		addr = bpf_map_lookup_elem(&masquerade_addrs, &fib.ifindex);
+		if (!addr || (v6 ? addr_is_zero(&addr->addr6) : !addr->addr4))
+			return ROUTE_STACK;
+		if (v6)
+			q->source = addr->addr6;
+		else
+			addr_from_v4(&q->source, addr->addr4);
 	}
 	if (q->reverse) {
 		n->reverse_ifindex = fib.ifindex;
@@ -244,14 +263,14 @@ __noinline int route4(struct __sk_buff *skb)
 {
 	struct scratch *s = scratch_get();
 
-	return s ? route_of(skb, s, false) : ROUTE_STACK;
+	return s ? route_of(skb, s, false) : ROUTE_NONE;
 }
 
 __noinline int route6(struct __sk_buff *skb)
 {
 	struct scratch *s = scratch_get();
 
-	return s ? route_of(skb, s, true) : ROUTE_STACK;
+	return s ? route_of(skb, s, true) : ROUTE_NONE;
 }
 
 static __always_inline int route(struct __sk_buff *skb, const bool v6)
@@ -289,6 +308,19 @@ static __always_inline void plan_start(struct plan *n, const struct packet *p)
 	n->dport = p->dport;
 }
 
+/* Has the container see its gateway as the sender, as docker-proxy would. 0 or -REASON. */
+static __always_inline int plan_from_gateway(struct plan *n, const struct network *net, const bool v6)
+{
+	if (v6 ? addr_is_zero(&net->gateway6) : !net->gateway4)
+		return -REASON_NO_ROUTE;
+	if (v6)
+		n->saddr = net->gateway6;
+	else
+		addr_from_v4(&n->saddr, net->gateway4);
+	n->flags |= FLOW_SNAT;
+	return 0;
+}
+
 /*
  * A flow to a published port. ep and slot are the sender's where it is a container. 0 or -REASON.
  */
@@ -320,27 +352,19 @@ static __always_inline int plan_published(struct __sk_buff *skb, struct scratch 
 		own = network_get(ep->net);
 		if (!own)
 			return -REASON_NOT_READY;
+		if (own->flags & NETWORK_INTERNAL)
+			return -REASON_INTERNAL;
 		n->flags |= FLOW_ROUTED;
 		n->reverse_flags |= FLOW_ROUTED;
 		plan_back_to_container(n, slot, ep, own->mac);
-		if (ep->sandbox == target->sandbox) {
-			/* It would not take its own address for a caller's. */
-			if (v6)
-				n->saddr = net->gateway6;
-			else
-				addr_from_v4(&n->saddr, net->gateway4);
-			n->flags |= FLOW_SNAT;
-		}
+		/* It would not take its own address for a caller's. */
+		if (ep->sandbox == target->sandbox)
+			return plan_from_gateway(n, net, v6);
 	} else if (p->hook == HOOK_HOST) {
 		n->reverse_hook = HOOK_CONTAINER;
 		n->reverse_ifindex = LO_IFINDEX;
-		if (addr_is_loopback(&p->saddr, v6)) {
-			if (v6)
-				n->saddr = net->gateway6;
-			else
-				addr_from_v4(&n->saddr, net->gateway4);
-			n->flags |= FLOW_SNAT;
-		}
+		if (addr_is_loopback(&p->saddr, v6))
+			return plan_from_gateway(n, net, v6);
 	} else {
 		n->flags |= FLOW_ROUTED;
 		n->reverse_hook = HOOK_CONTAINER;

@@ -126,6 +126,12 @@ struct source_key {
 	struct addr addr;
 };
 
+/* What to masquerade with where the kernel cannot say (before Linux 6.7), by out device. */
+struct masquerade_addr {
+	__be32 addr4; /* 0: none */
+	struct addr addr6; /* zero: none */
+};
+
 struct host_addr {
 	__u32 ifindex;
 };
