@@ -110,8 +110,8 @@ func planAttacks(t *testing.T, w *site, containers map[string]*lab.NS, v6 bool) 
 	egress := converse(t, containers["peer"], at(client2, 7000))
 	published := converse(t, w.Client, at(host, 8080))
 	flows := []*conversation{inside, egress, published}
-	insideFrom := netip.AddrPortFrom(peer, port(inside.LocalAddr()))
-	egressFrom := netip.AddrPortFrom(peer, port(egress.LocalAddr()))
+	insideFrom := netip.AddrPortFrom(peer, portOf(inside.LocalAddr()))
+	egressFrom := netip.AddrPortFrom(peer, portOf(egress.LocalAddr()))
 	outer := netip.MustParseAddrPort(egress.view.Remote)
 	require.Equal(t, hostB, outer.Addr(), "it is not masqueraded")
 	publishedFrom := netip.MustParseAddrPort(published.view.Remote)
@@ -191,7 +191,7 @@ func planAttacks(t *testing.T, w *site, containers map[string]*lab.NS, v6 bool) 
 // pad marks a frame behind its end.
 func pad(frame []byte) []byte { return append(frame, malice...) }
 
-func port(a net.Addr) uint16 { return netip.MustParseAddrPort(a.String()).Port() }
+func portOf(a net.Addr) uint16 { return netip.MustParseAddrPort(a.String()).Port() }
 
 // advertisement says that the target's address is at smac.
 func advertisement(src, dst, target netip.Addr, smac, dmac net.HardwareAddr) []byte {
