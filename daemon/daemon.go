@@ -203,11 +203,12 @@ func (d *Daemon) run(ctx context.Context) error {
 			d.attached[a.Ifindex] = true
 		}
 	}
-	if err := d.reconcile(); err != nil {
-		return fmt.Errorf("first round: %w", err)
-	}
+	// Before the first round these programs see an empty config and do nothing.
 	if err := d.loader.AttachCgroup(); err != nil {
 		return err
+	}
+	if err := d.reconcile(); err != nil {
+		return fmt.Errorf("first round: %w", err)
 	}
 	if _, err := d.loader.Expire(); err != nil {
 		return err

@@ -158,7 +158,11 @@ func writeBanner(w io.Writer, cfg Config, s *api.Snapshot) {
 			fmt.Fprintf(w, "Docker Engine: %s; it is served as soon as it answers\n", src.Detail)
 		}
 	}
-	fmt.Fprintln(w, "Next, in another terminal: bpfnet status; bpfnet stats; docker run -d -p 8080:80 nginx")
+	next := "bpfnet status; bpfnet stats"
+	if cfg.Docker != "off" {
+		next += "; docker run -d -p 8080:80 nginx"
+	}
+	fmt.Fprintln(w, "Next, in another terminal:", next)
 	fmt.Fprintln(w, "Stopping the daemon leaves the network running; bpfnet cleanup takes everything away.")
 }
 
