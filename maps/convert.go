@@ -39,13 +39,6 @@ func addr6(a netip.Addr) bpf.DatapathAddr {
 	return addr(a)
 }
 
-func fromAddr6(a bpf.DatapathAddr) netip.Addr {
-	if a == (bpf.DatapathAddr{}) {
-		return netip.Addr{}
-	}
-	return fromAddr(a)
-}
-
 // addr4 is a __be32; 0 for an invalid address.
 func addr4(a netip.Addr) uint32 {
 	if !a.IsValid() {
@@ -73,14 +66,6 @@ func mappedBits(p netip.Prefix) uint32 {
 		return uint32(p.Bits()) + 96
 	}
 	return uint32(p.Bits())
-}
-
-func fromMapped(a bpf.DatapathAddr, bits uint32) netip.Prefix {
-	ip := fromAddr(a)
-	if ip.Is4() {
-		bits -= 96
-	}
-	return netip.PrefixFrom(ip, int(bits))
 }
 
 func networkValue(r policy.NetworkRow) bpf.DatapathNetwork {
