@@ -89,10 +89,13 @@ static __always_inline int container_l2(struct __sk_buff *skb, struct scratch *s
 
 	if (net->flags & NETWORK_NO_ICC)
 		return drop_from(skb, slot, REASON_ICC_DISABLED);
-	/* A neighbour that routes for it, or errors and lost fragments: the bridge knows the way. */
+	/*
+	 * A neighbour that routes for it, or errors and lost fragments: the bridge knows the way. No
+	 * mark: what reaches the host under another MAC than the gateway's stops at from_bridge.
+	 */
 	if (!peer || peer->net != ep->net || !mac_equal(p->dmac, peer->mac) ||
 	    p->flags & (PACKET_ICMP_ERROR | PACKET_PORTS_LOST))
-		return to_bridge(skb);
+		return let_go(skb, HOOK_CONTAINER, FATE_BRIDGE, PASS);
 	if (!(peer->flags & ENDPOINT_READY))
 		return drop_from(skb, slot, REASON_NOT_READY);
 	err = plan_between(s, slot, ep, net, peer_slot, peer, true);
@@ -117,10 +120,17 @@ static __always_inline int container_egress(struct __sk_buff *skb, struct scratc
 	s->route.bridge = net->ifindex;
 	s->route.want_source = masquerade;
 	s->route.reverse = false;
-	if (route(skb, v6) != ROUTE_OK) {
+	switch (route(skb, v6)) {
+	case ROUTE_OK:
+		break;
+	case ROUTE_STACK:
 		count_endpoint_tx(skb, slot);
 		return to_stack(skb, HOOK_CONTAINER);
+	default:
+		return drop_from(skb, slot, REASON_NO_ROUTE);
 	}
+	if (masquerade && (v6 ? addr_is_zero(&s->route.source) : !s->route.source.w[3]))
+		return drop_from(skb, slot, REASON_NO_ROUTE);
 	if (p->tcp_flags & TCP_RST)
 		return drop_from(skb, slot, REASON_NO_FLOW);
 	n->reverse_hook = HOOK_UPLINK;
@@ -142,6 +152,7 @@ static __always_inline int flow_renew(struct __sk_buff *skb, struct flow *f, str
 	struct endpoint *owner = endpoint_get(f->endpoint), *peer;
 	const struct packet *p = &s->packet;
 	struct plan *n = &s->plan;
+	struct network *own;
 	struct addr from;
 	int err;
 
@@ -152,7 +163,8 @@ static __always_inline int flow_renew(struct __sk_buff *skb, struct flow *f, str
 		peer = endpoint_get(f->peer);
 		if (!peer || peer->ifindex != f->ifindex)
 			return 0;
-		err = f->port ? 0 : check_isolation(owner, net, peer);
+		own = network_get(owner->net);
+		err = f->port || !own ? 0 : check_isolation(owner, own, peer);
 		if (err)
 			return err;
 		break;
@@ -167,7 +179,7 @@ static __always_inline int flow_renew(struct __sk_buff *skb, struct flow *f, str
 		if (!f->port && net->flags & NETWORK_INTERNAL)
 			return -REASON_INTERNAL;
 		n->flags = 0;
-		s->route.from = p->saddr;
+		s->route.from = f->flags & FLOW_SNAT ? p->saddr : from;
 		s->route.bridge = net->ifindex;
 		s->route.want_source = false;
 		s->route.reverse = false;
@@ -249,7 +261,11 @@ static __always_inline int container_slow(struct __sk_buff *skb, struct scratch 
 			     !owns_address(ep, slot, &target, v6)))
 				return drop_from(skb, slot, REASON_SPOOFED_ADDRESS);
 		}
-		return to_bridge(skb);
+		/* The host would route the rest, isolated or not. */
+		if (!mac_equal(p->dmac, net->mac) || addr_is_multicast(&p->daddr, v6) ||
+		    addr_is_link_local(&p->daddr, v6) ||
+		    bpf_map_lookup_elem(&host_addrs, &p->daddr))
+			return to_bridge(skb);
 	}
 	if (p->dmac[0] & 1 || addr_is_multicast(&p->daddr, v6))
 		return to_bridge(skb);
@@ -284,7 +300,8 @@ static __always_inline int container_slow(struct __sk_buff *skb, struct scratch 
 		bool whole = !(p->flags & (PACKET_ICMP_ERROR | PACKET_PORTS_LOST));
 		struct port *port = NULL;
 
-		if (whole && class->ports[port_index(p->dport)] & port_bit(p->proto))
+		if (whole && !addr_is_link_local(&p->saddr, v6) &&
+		    class->ports[port_index(p->dport)] & port_bit(p->proto))
 			port = port_find(p, v6);
 		if (!port) {
 			if (whole && port_reserved(p, cfg, class))
@@ -319,6 +336,11 @@ static __always_inline int container_slow(struct __sk_buff *skb, struct scratch 
 		return drop_from(skb, slot, REASON_FRAGMENT_NOT_FOUND);
 	if (p->flags & PACKET_ICMP_ERROR)
 		return drop_from(skb, slot, REASON_NO_FLOW);
+	if (addr_is_link_local(&p->saddr, v6)) {
+		/* It does not leave its link; the stack says so (RFC 4443 3.1). */
+		count_endpoint_tx(skb, slot);
+		return to_stack(skb, HOOK_CONTAINER);
+	}
 	if (!peer)
 		return container_egress(skb, s, slot, ep, net, v6);
 	err = plan_between(s, slot, ep, net, peer_slot, peer, false);
@@ -431,10 +453,11 @@ static __always_inline int to_container_frame(struct __sk_buff *skb)
 
 	if (!proto)
 		return drop(skb, HOOK_TO_CONTAINER, REASON_MALFORMED);
-	/* Sent on by from_host, which judged it. */
 	if (skb->mark == MARK_JUDGED) {
 		skb->mark = 0;
-		return PASS;
+		/* Sent on by from_host, which judged it; a neighbour's frame was not, for its receivers. */
+		if (skb->ingress_ifindex == LO_IFINDEX)
+			return PASS;
 	}
 	if (proto == bpf_htons(ETH_P_IP))
 		return to_container_ip(skb, &p, false);

@@ -237,7 +237,7 @@ static __always_inline int route_of(struct __sk_buff *skb, struct scratch *s, co
 	if (own) {
 		addr = bpf_map_lookup_elem(&masquerade_addrs, &fib.ifindex);
 		if (!addr || (v6 ? addr_is_zero(&addr->addr6) : !addr->addr4))
-			return ROUTE_STACK;
+			return ROUTE_NONE;
 		if (v6)
 			q->source = addr->addr6;
 		else

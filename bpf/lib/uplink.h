@@ -30,7 +30,8 @@ static __always_inline int uplink_slow(struct __sk_buff *skb, struct scratch *s,
 			return drop(skb, p->hook, REASON_DIRECT_ACCESS);
 		return PASS;
 	}
-	if (p->flags & (PACKET_ICMP_ERROR | PACKET_PORTS_LOST))
+	/* A client on the link itself is the host's to answer: a container has no way back to it. */
+	if (p->flags & (PACKET_ICMP_ERROR | PACKET_PORTS_LOST) || addr_is_link_local(&p->saddr, v6))
 		return PASS;
 	if (class->ports[port_index(p->dport)] & port_bit(p->proto))
 		port = port_find(p, v6);
@@ -92,7 +93,7 @@ static __always_inline int uplink_ip(struct __sk_buff *skb, struct scratch *s, c
 	    (p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP) &&
 	    !((bits | class->engine[dport]) & (port_bit(p->proto) | PORT_SNAT)))
 		return PASS;
-	if (p->flags & PACKET_NEIGHBOUR)
+	if (p->flags & PACKET_NEIGHBOUR && !subnet)
 		return PASS;
 	if (p->flags & PACKET_FRAGMENT)
 		p->flags |= fragment_ports(skb);
