@@ -207,7 +207,7 @@ func TestCountersRestart(t *testing.T) {
 
 	count()
 	next := tables()
-	next.Endpoints[1] = policy.EndpointRow{Ifindex: 20, Sandbox: 1, Network: 1, Addr4: netip.MustParseAddr("172.17.0.2"), Ready: true}
+	next.Endpoints[1] = policy.EndpointRow{Ifindex: 20, Sandbox: 1, Network: 1, Addr4: netip.MustParseAddr("172.17.0.2"), MAC: policy.MAC{2}}
 	_, err = w.Apply(next, settings())
 	require.NoError(t, err)
 	again, err := NewWriter(m)
