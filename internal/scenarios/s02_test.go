@@ -19,7 +19,8 @@ func s02(t *testing.T, w *world) {
 	w.Create(t, "--name my-nginx --network my-net --publish 8080:80", "labtool", "serve", "--tcp", "80", "--udp", "80")
 	w.MustRun(t, "start", "my-nginx")
 	w.WaitLog(t, "my-nginx", "ready")
-	w.Serve(t, "--name app --publish 8081:80", "--tcp 80 --udp 80")
+	noSuchName(t, w.Client2, lab.Internet4)
+	w.Serve(t, "--name app --publish 8081:80 --dns 203.0.113.1", "--tcp 80 --udp 80")
 	nginx, x := w.NS(t, "my-nginx"), w.NS(t, "app")
 	nginx4, x4 := w.v4(t, "my-nginx", "my-net"), w.v4(t, "app", w.Default())
 
@@ -39,8 +40,9 @@ func s02(t *testing.T, w *world) {
 	w.MustRun(t, "network", "disconnect", "my-net", "app")
 	w.closed(t, x, isolated, nginx4)
 	require.NoError(t, unanswered(nginx, "tcp", own4)) // nobody's address: it ends with ARP
-	_, err := w.Get("app", "--timeout", noAnswer.String(), "my-nginx:80")
-	require.Error(t, err, "the name is gone, too")
+	r, err := w.Get("app", "my-nginx:80")
+	require.Error(t, err)
+	assert.Equal(t, "resolve", r.Stage, "the name is gone, too: %+v", r)
 
 	// On no other network than my-net, its gateway is there, and the published port follows.
 	w.MustRun(t, "network", "connect", "my-net", "app")

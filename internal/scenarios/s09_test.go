@@ -22,12 +22,12 @@ func s09(t *testing.T, w *world) {
 
 	pings := func(from, to string) []int {
 		t.Helper()
-		out, err := w.Run("exec", from, "ping", "-c", "2", "-W", "2", to)
+		out, err := w.Run("exec", from, "ping", "-c", "1", "-W", "2", to)
 		require.NoError(t, err, out)
 		return ttlsIn(out)
 	}
 	for _, to := range []string{lab.Host4.String(), lab.HostB4.String(), "172.19.0.1", b4.String(), "b1", "a1"} {
-		assert.Equal(t, []int{64, 64}, pings("a1", to), to)
+		assert.Equal(t, []int{64}, pings("a1", to), to)
 	}
 
 	a, c := w.NS(t, "a1"), w.NS(t, "c1")
@@ -35,8 +35,8 @@ func s09(t *testing.T, w *world) {
 	w.closed(t, c, isolated, a4)
 
 	w.allow(t, "mynetwork", w.Default())
-	assert.Equal(t, []int{63, 63}, pings("a1", c4.String()), "a routed hop")
-	assert.Equal(t, []int{63, 63}, pings("c1", a4.String()), "a routed hop")
+	assert.Equal(t, []int{63}, pings("a1", c4.String()), "a routed hop")
+	assert.Equal(t, []int{63}, pings("c1", a4.String()), "a routed hop")
 	open(t, a, []netip.Addr{a4}, c4)
 	open(t, c, []netip.Addr{c4}, a4)
 

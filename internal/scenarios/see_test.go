@@ -34,11 +34,11 @@ var protocols = []string{"tcp", "udp", "icmp"}
 func ttls(n *lab.NS, to netip.Addr, count int) []int {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	out, _ := n.Run(ctx, "busybox", "ping", "-c", strconv.Itoa(count), "-W", "1", to.String())
+	out, _ := n.Run(ctx, "ping", "-n", "-c", strconv.Itoa(count), "-i", "0.2", "-W", fmt.Sprint(noAnswer.Seconds()), to.String())
 	return ttlsIn(out)
 }
 
-// ttlsIn reads the TTLs out of what busybox ping has printed.
+// ttlsIn reads the TTLs out of what ping has printed.
 func ttlsIn(out string) []int {
 	var all []int
 	for _, field := range strings.Fields(out) {
@@ -132,6 +132,39 @@ func (w *world) v4(t *testing.T, container, network string) netip.Addr {
 	a, _ := w.Addrs(t, container, network)
 	require.True(t, a.IsValid(), "%s on %s has no address", container, network)
 	return a
+}
+
+// noSuchName is a name server in a namespace that knows no name at all. A container that asks it
+// has its answer at once.
+func noSuchName(t *testing.T, n *lab.NS, at netip.Addr) {
+	t.Helper()
+	var c net.PacketConn
+	err := n.Do(func() (err error) {
+		c, err = net.ListenPacket("udp", addrPort(at, "53"))
+		return err
+	})
+	require.NoError(t, err)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		buf := make([]byte, 512)
+		for {
+			size, from, err := c.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			if size < 4 {
+				continue
+			}
+			buf[2] |= 0x80               // an answer, RFC 1035 4.1.1
+			buf[3] = buf[3]&^0x0f | 0x03 // NXDOMAIN
+			_, _ = c.WriteTo(buf[:size], from)
+		}
+	}()
+	t.Cleanup(func() {
+		c.Close()
+		<-done
+	})
 }
 
 // fetch gets a page as curl does and returns it without the last newline.

@@ -156,6 +156,7 @@ func (w *world) start(t *testing.T) {
 type left struct {
 	Endpoints, Ports, Attachments []string // in the snapshot
 	EndpointMap, LinkMap, PortMap int      // entries
+	Flows4, Flows6                int
 	Pins                          []string
 }
 
@@ -174,6 +175,10 @@ func (w *world) left(t *testing.T) left {
 	require.NoError(t, err)
 	for _, f := range fill {
 		switch f.Map {
+		case "flows4":
+			out.Flows4 = f.Entries
+		case "flows6":
+			out.Flows6 = f.Entries
 		case "endpoints":
 			out.EndpointMap = f.Entries
 		case "links":
@@ -228,7 +233,8 @@ func (w *world) nothingLeft(t *testing.T) {
 func (a left) equal(b left) bool {
 	return slices.Equal(a.Endpoints, b.Endpoints) && slices.Equal(a.Ports, b.Ports) &&
 		slices.Equal(a.Attachments, b.Attachments) && slices.Equal(a.Pins, b.Pins) &&
-		a.EndpointMap == b.EndpointMap && a.LinkMap == b.LinkMap && a.PortMap == b.PortMap
+		a.EndpointMap == b.EndpointMap && a.LinkMap == b.LinkMap && a.PortMap == b.PortMap &&
+		a.Flows4 == b.Flows4 && a.Flows6 == b.Flows6
 }
 
 // drop names a counter.
