@@ -139,6 +139,14 @@ func (f family) gateway(network int) netip.Addr { return f.in(network, 1) }
 // addr is the address of an endpoint.
 func (f family) addr(slot int) netip.Addr { return f.in(places[slot].network, places[slot].host) }
 
+// noRoute is a destination that the host has no route to.
+func (f family) noRoute() netip.Addr {
+	if f.v6 {
+		return ip("2001:db8:dead::1")
+	}
+	return ip("203.0.113.200")
+}
+
 func (f family) index() int {
 	if f.v6 {
 		return 1
@@ -351,6 +359,14 @@ func (h *host) makeDevices() error {
 		}
 		if err := netlink.RouteAdd(&netlink.Route{LinkIndex: h.up, Dst: n, Gw: net.ParseIP(gw)}); err != nil {
 			return fmt.Errorf("add route by %s: %w", gw, err)
+		}
+	}
+	for _, f := range families {
+		bits := f.noRoute().BitLen()
+		if err := netlink.RouteAdd(&netlink.Route{
+			Dst: &net.IPNet{IP: f.noRoute().AsSlice(), Mask: net.CIDRMask(bits, bits)}, Type: unix.RTN_UNREACHABLE,
+		}); err != nil {
+			return fmt.Errorf("add unreachable route: %w", err)
 		}
 	}
 	return nil

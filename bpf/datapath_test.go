@@ -128,7 +128,7 @@ func TestFromContainer(t *testing.T) {
 	h := newHost(t, 1024)
 	forFamilies(t, func(t *testing.T, f family) {
 		a, b, c := f.addr(alice), f.addr(bob), f.addr(carol)
-		tcp := packet.TCP
+		tcp, data := packet.TCP, packet.Payload([]byte("twenty bytes of data"))
 		peer := tcp(at(a, 40000), at(b, 80), toNeighbour(alice, bob))
 		cases := []packetCase{
 			h.fromCase("same network", alice, peer, actRedirect, toContainer, nil),
@@ -221,8 +221,8 @@ func TestFromContainer(t *testing.T) {
 				packet.SCTP(at(c, 40000), at(a, pubSCTP), routedTo(alice), packet.TTL(63))),
 			h.fromCase("SCTP published on another port", carol, packet.SCTP(at(c, 40000), at(f.host, pubSCTPOther), toGateway(carol)), actShot, dropped(unsupported, "container"), nil),
 
-			h.fromCase("truncated TCP", alice, packet.TCP(at(a, 40000), at(b, 80), toNeighbour(alice, bob), packet.Truncate(1)), actShot, dropped(malformed, "container"), nil),
-			h.fromCase("truncated UDP", alice, packet.UDP(at(a, 40000), at(b, 80), toNeighbour(alice, bob), packet.Truncate(4)), actShot, dropped(malformed, "container"), nil),
+			h.fromCase("truncated TCP", alice, packet.TCP(at(a, 40000), at(b, 80), toNeighbour(alice, bob), data, packet.Truncate(1)), actShot, dropped(malformed, "container"), nil),
+			h.fromCase("truncated UDP", alice, packet.UDP(at(a, 40000), at(b, 80), toNeighbour(alice, bob), data, packet.Truncate(4)), actShot, dropped(malformed, "container"), nil),
 		}
 		for i := range cases {
 			if cases[i].name == "unknown interface" {
@@ -363,4 +363,323 @@ func (h *host) outer(f family, slot int, sport uint16, dst netip.Addr, dport uin
 	}
 	h.t.Fatalf("no flow from %v:%d to %v:%d", f.addr(slot), sport, dst, dport)
 	return 0
+}
+
+// What comes by an uplink.
+func TestFromUplink(t *testing.T) {
+	h := newHost(t, 1024)
+	forFamilies(t, func(t *testing.T, f family) {
+		a, b := f.addr(alice), f.addr(bob)
+		client := at(f.client, 50000)
+		data := packet.Payload([]byte("twenty bytes of data"))
+		cases := []packetCase{
+			h.uplinkCase("published", packet.TCP(client, at(f.host, pubAlice), fromOutside), actRedirect, published,
+				packet.TCP(client, at(a, 80), routedTo(alice), packet.TTL(63))),
+			h.uplinkCase("published UDP", packet.UDP(client, at(f.host, pubAlice), fromOutside), actRedirect, published,
+				packet.UDP(client, at(a, 80), routedTo(alice), packet.TTL(63))),
+			h.uplinkCase("published, another address of the host", packet.TCP(client, at(f.gateway(netTwo), pubAlice), fromOutside), actRedirect, published,
+				packet.TCP(client, at(a, 80), routedTo(alice), packet.TTL(63))),
+			h.uplinkCase("published on that address", packet.TCP(client, at(f.host, pubBob), fromOutside), actRedirect, published,
+				packet.TCP(client, at(b, 8081), routedTo(bob), packet.TTL(63))),
+			h.uplinkCase("published on that address only", packet.TCP(client, at(f.host1, pubBob), fromOutside), actPass, "", nil),
+			h.uplinkCase("published, wrong checksum", packet.TCP(client, at(f.host, pubAlice), fromOutside, packet.SkewL4(99)), actRedirect, published,
+				packet.TCP(client, at(a, 80), routedTo(alice), packet.TTL(63), packet.SkewL4(99))),
+			h.uplinkCase("published, IP options", packet.TCP(client, at(f.host, pubAlice), fromOutside, packet.IPOptions(1, 1, 1, 0), packet.HopByHop()), actRedirect, published,
+				packet.TCP(client, at(a, 80), routedTo(alice), packet.TTL(63), packet.IPOptions(1, 1, 1, 0), packet.HopByHop())),
+			h.uplinkCase("published, TTL over", packet.TCP(client, at(f.host, pubAlice), fromOutside, packet.TTL(1)), actPass, "fate stack uplink",
+				packet.TCP(client, at(a, 80), fromOutside, packet.TTL(1))),
+			h.uplinkCase("published, not ready", packet.TCP(client, at(f.host, pubLate), fromOutside), actShot, dropped(portNotReady, "uplink"), nil),
+			h.uplinkCase("published, RST", packet.TCP(client, at(f.host, pubAlice), fromOutside, packet.Flags("R")), actShot, dropped(noFlow, "uplink"), nil),
+			h.uplinkCase("published, from a container's address", packet.TCP(at(b, 50000), at(f.host, pubAlice), fromOutside), actShot, dropped(martian, "uplink"), nil),
+			h.uplinkCase("published, from the host's own address", packet.TCP(at(f.host1, 50000), at(f.host, pubAlice), fromOutside), actShot, dropped(martian, "uplink"), nil),
+			h.uplinkCase("published, from loopback", packet.TCP(at(f.loopback, 50000), at(f.host, pubAlice), fromOutside), actShot, dropped(loopbackAddr, "uplink"), nil),
+			h.uplinkCase("published, from nowhere", packet.UDP(at(f.unspecified, 50000), at(f.host, pubAlice), fromOutside), actShot, dropped(loopbackAddr, "uplink"), nil),
+			h.uplinkCase("published, at loopback", packet.TCP(client, at(f.loopback, pubAlice), fromOutside), actShot, dropped(loopbackAddr, "uplink"), nil),
+			h.uplinkCase("SCTP published", packet.SCTP(client, at(f.host, pubSCTP), fromOutside), actRedirect, published,
+				packet.SCTP(client, at(a, pubSCTP), routedTo(alice), packet.TTL(63))),
+			h.uplinkCase("SCTP published on another port", packet.SCTP(client, at(f.host, pubSCTPOther), fromOutside), actShot, dropped(unsupported, "uplink"), nil),
+			h.uplinkCase("engine's reservation", packet.TCP(client, at(f.host, reserved), fromOutside), actShot, dropped(portNotReady, "uplink"), nil),
+			h.uplinkCase("engine's reservation UDP", packet.UDP(client, at(f.host, reserved), fromOutside), actShot, dropped(portNotReady, "uplink"), nil),
+			h.uplinkCase("engine's reservation, not a SYN", packet.TCP(client, at(f.host, reserved), fromOutside, packet.Flags("A")), actPass, "", nil),
+			h.uplinkCase("engine's reservation, old", packet.TCP(client, at(f.host, reserved+1), fromOutside), actPass, "", nil),
+			h.uplinkCase("host's own", packet.TCP(client, at(f.host, 22), fromOutside), actPass, "", nil),
+			h.uplinkCase("host's own, a masquerade port", packet.TCP(client, at(f.host, snatFirst), fromOutside), actPass, "", nil),
+			h.uplinkCase("host's own echo", packet.ICMPEcho(f.client, f.host, 1, 1, fromOutside), actPass, "", nil),
+			h.uplinkCase("transit", packet.TCP(client, at(f.foreign, pubAlice), fromOutside), actPass, "", nil),
+			h.uplinkCase("container's address", packet.TCP(client, at(a, 80), fromOutside), actShot, dropped(directAccess, "uplink"), nil),
+			h.uplinkCase("container's address, UDP", packet.UDP(client, at(a, 80), fromOutside), actShot, dropped(directAccess, "uplink"), nil),
+			h.uplinkCase("container's address, echo", packet.ICMPEcho(f.client, a, 1, 1, fromOutside), actShot, dropped(directAccess, "uplink"), nil),
+			h.uplinkCase("container's address, published port", packet.TCP(client, at(a, pubAlice), fromOutside), actShot, dropped(directAccess, "uplink"), nil),
+			h.uplinkCase("nobody's address in a container subnet", packet.TCP(client, at(f.in(netOne, 77), 80), fromOutside), actShot, dropped(directAccess, "uplink"), nil),
+			h.uplinkCase("error about nothing of ours", packet.ICMPError(f.client, f.host, f.unreach, 1, packet.TCP(at(f.host, snatFirst), at(f.client, 9)), fromOutside), actPass, "", nil),
+			h.uplinkCase("for another host", packet.TCP(client, at(f.host, pubAlice), packet.MAC(outsideMAC, up1MAC)), actPass, "", nil),
+			h.uplinkCase("broadcast frame", packet.UDP(client, at(f.host, pubAlice), packet.MAC(outsideMAC, broadcast)), actPass, "", nil),
+			h.uplinkCase("VLAN", packet.TCP(client, at(f.host, pubAlice), fromOutside, packet.VLAN(7)), actPass, "", nil),
+			h.uplinkCase("truncated", packet.TCP(client, at(f.host, pubAlice), fromOutside, data, packet.Truncate(3)), actPass, "", nil),
+			h.uplinkCase("no way back", packet.TCP(client, at(f.host, pubAlice), fromOutside), actShot, dropped(noRoute, "uplink"), nil),
+		}
+		for i := range cases {
+			switch cases[i].name {
+			case "engine's reservation, old":
+				cases[i].setup = func() {
+					h.put("reservations", bpf.DatapathReservationKey{Port: swap16(reserved + 1), Proto: unix.IPPROTO_TCP},
+						bpf.DatapathReservation{Bound: uint64(h.now()-timeout-2) << 30, Sockets: 1})
+					h.setClass(65536+reserved+1, byte(bpf.DatapathPortBitsPORT_TCP), 0)
+				}
+			case "no way back":
+				cases[i].in = packet.TCP(at(f.noRoute(), 50000), at(f.host, pubAlice), fromOutside)
+			}
+		}
+		h.check(t, cases)
+	})
+}
+
+// A published flow, there and back, in every direction it can be dialled from.
+func TestPublishedRoundTrip(t *testing.T) {
+	h := newHost(t, 1024)
+	forFamilies(t, func(t *testing.T, f family) {
+		a := f.addr(alice)
+		client := at(f.client, 50000)
+		t.Run("remote", func(t *testing.T) {
+			h.t = t
+			h.reset()
+			in := h.uplink(packet.TCP(client, at(f.host, pubAlice), fromOutside))
+			require.EqualValues(t, actRedirect, in.action)
+			reply := h.expect("reply", actRedirect, toUplink, func() result {
+				return h.from(alice, packet.TCP(at(a, 80), client, toGateway(alice), packet.Flags("SA")))
+			})
+			same(t, "reply", packet.TCP(at(f.host, pubAlice), client, toGateway(alice), packet.Flags("SA"), packet.TTL(63)), reply.out)
+			require.EqualValues(t, markJudged, reply.mark)
+			h.expect("reply, TTL over", actPass, toStack, func() result {
+				return h.from(alice, packet.TCP(at(a, 80), client, toGateway(alice), packet.Flags("A"), packet.TTL(1)))
+			})
+			h.drops("the reply forged by a neighbour", spoofed, "container", func() result {
+				return h.from(bob, packet.TCP(at(a, 80), client, toGateway(bob), packet.Flags("SA")))
+			})
+			h.drops("the container's tuple from outside", directAccess, "uplink", func() result {
+				return h.uplink(packet.TCP(client, at(a, 80), fromOutside))
+			})
+			h.setEndpoint(alice, func(e *bpf.DatapathEndpoint) { e.Flags = 0 })
+			h.drops("endpoint not ready any more", staleFlow, "uplink", func() result {
+				return h.uplink(packet.TCP(client, at(f.host, pubAlice), fromOutside, packet.Flags("A")))
+			})
+			h.setEndpoint(alice, func(e *bpf.DatapathEndpoint) {
+				e.Flags, e.Ifindex = bpf.DatapathEndpointFlagsENDPOINT_READY, uint32(h.up1)
+			})
+			h.drops("endpoint on another interface", staleFlow, "uplink", func() result {
+				return h.uplink(packet.TCP(client, at(f.host, pubAlice), fromOutside, packet.Flags("A")))
+			})
+			h.setEndpoint(alice, func(e *bpf.DatapathEndpoint) { e.Ifindex = uint32(h.links[alice]) })
+		})
+		t.Run("host by lo", func(t *testing.T) {
+			h.t = t
+			h.reset()
+			lo := packet.MAC(zeroMAC, zeroMAC)
+			r := h.expect("loopback", actRedirect, "fate container host", func() result {
+				return h.onLo(packet.TCP(at(f.loopback, 50000), at(f.loopback, pubAlice), lo))
+			})
+			port, _ := ports(r.out)
+			same(t, "seen as from the gateway", packet.TCP(at(f.gateway(netOne), port), at(a, 80), routedTo(alice)), r.out)
+			require.EqualValues(t, markJudged, r.mark, "to_container must know that it was judged")
+			passed := h.expect("on to the container", actPass, "", func() result {
+				return h.run("to_container", r.out, skb{Ifindex: uint32(h.links[alice]), IngressIfindex: 1, Mark: r.mark})
+			})
+			require.Zero(t, passed.mark)
+			r = h.expect("reply", actRedirect, "fate lo container", func() result {
+				return h.from(alice, packet.TCP(at(a, 80), at(f.gateway(netOne), port), toGateway(alice), packet.Flags("SA")))
+			})
+			same(t, "reply", packet.TCP(at(f.loopback, pubAlice), at(f.loopback, 50000), lo, packet.Flags("SA")), r.out)
+			passed = h.expect("back on lo", actPass, "", func() result {
+				return h.run("from_host", r.out, skb{Ifindex: 1, Mark: r.mark})
+			})
+			require.Zero(t, passed.mark)
+			r = h.expect("host address", actRedirect, "fate container host", func() result {
+				return h.onLo(packet.UDP(at(f.host, 50000), at(f.host, pubAlice), lo))
+			})
+			same(t, "keeps the address", packet.UDP(at(f.host, 50000), at(a, 80), routedTo(alice)), r.out)
+			h.expect("not published", actPass, "", func() result { return h.onLo(packet.TCP(at(f.loopback, 50000), at(f.loopback, 22), lo)) })
+			h.drops("reserved", portNotReady, "host", func() result { return h.onLo(packet.TCP(at(f.loopback, 50000), at(f.loopback, reserved), lo)) })
+			h.expect("the host to a container", actPass, "", func() result { return h.onLo(packet.TCP(at(f.host, 50000), at(a, 80), lo)) })
+		})
+		t.Run("container to itself", func(t *testing.T) {
+			h.t = t
+			h.reset()
+			r := h.expect("out", actRedirect, toContainer, func() result {
+				return h.from(alice, packet.TCP(at(a, 40000), at(f.host, pubAlice), toGateway(alice)))
+			})
+			port, _ := ports(r.out)
+			same(t, "seen as from the gateway", packet.TCP(at(f.gateway(netOne), port), at(a, 80), routedTo(alice), packet.TTL(63)), r.out)
+			r = h.expect("reply", actRedirect, toContainer, func() result {
+				return h.from(alice, packet.TCP(at(a, 80), at(f.gateway(netOne), port), toGateway(alice), packet.Flags("SA")))
+			})
+			same(t, "reply", packet.TCP(at(f.host, pubAlice), at(a, 40000), routedTo(alice), packet.TTL(63), packet.Flags("SA")), r.out)
+		})
+		t.Run("same network", func(t *testing.T) {
+			h.t = t
+			h.reset()
+			b := f.addr(bob)
+			h.from(bob, packet.TCP(at(b, 40000), at(f.host, pubAlice), toGateway(bob)))
+			r := h.expect("reply at layer 2", actRedirect, toContainer, func() result {
+				return h.from(alice, packet.TCP(at(a, 80), at(b, 40000), toNeighbour(alice, bob), packet.Flags("SA")))
+			})
+			same(t, "reply", packet.TCP(at(f.host, pubAlice), at(b, 40000), routedTo(bob), packet.TTL(63), packet.Flags("SA")), r.out)
+		})
+		t.Run("two ways to one container port", func(t *testing.T) {
+			h.t = t
+			h.reset()
+			h.uplink(packet.TCP(client, at(f.host, pubAlice), fromOutside))
+			r := h.expect("second way", actRedirect, published, func() result {
+				return h.uplink(packet.TCP(client, at(f.host, pubAlice2nd), fromOutside))
+			})
+			port, _ := ports(r.out)
+			require.NotEqual(t, uint16(50000), port)
+			right(t, "second way", r.out)
+			r = h.from(alice, packet.TCP(at(a, 80), at(f.client, port), toGateway(alice), packet.Flags("SA")))
+			same(t, "its reply", packet.TCP(at(f.host, pubAlice2nd), client, toGateway(alice), packet.Flags("SA"), packet.TTL(63)), r.out)
+			r = h.from(alice, packet.TCP(at(a, 80), client, toGateway(alice), packet.Flags("SA")))
+			same(t, "the first one's", packet.TCP(at(f.host, pubAlice), client, toGateway(alice), packet.Flags("SA"), packet.TTL(63)), r.out)
+			h.uplink(packet.SCTP(client, at(f.host, pubSCTP), fromOutside))
+			h.drops("without ports to change", collision, "uplink", func() result {
+				return h.uplink(packet.SCTP(client, at(f.host1, pubSCTP), fromOutside))
+			})
+		})
+	})
+}
+
+// What stack and bridge send a container, and what comes up from a bridge.
+func TestToContainer(t *testing.T) {
+	h := newHost(t, 1024)
+	forFamilies(t, func(t *testing.T, f family) {
+		a, b := f.addr(alice), f.addr(bob)
+		to := func(name string, slot, in int, mark uint32, frame []byte, action int32, count string) packetCase {
+			return packetCase{
+				name: name, program: "to_container",
+				ctx: skb{Ifindex: uint32(h.links[slot]), IngressIfindex: uint32(in), Mark: mark}, in: frame, action: action, count: count,
+			}
+		}
+		const stack, bridge, hook = "fate stack to_container", "fate bridge to_container", "to_container"
+		fromBob := packet.UDP(at(b, 1), at(a, 2), toNeighbour(bob, alice))
+		fromQuinn := packet.UDP(at(f.addr(quinn), 1), at(f.addr(rita), 2), packet.MAC(macOf(quinn), broadcast))
+		h.check(t, []packetCase{
+			to("host", alice, 0, 0, packet.TCP(at(f.gateway(netOne), 1), at(a, 2), routedTo(alice)), actPass, stack),
+			to("neighbour", alice, h.links[bob], 0, fromBob, actPass, bridge),
+			to("neighbour, marked by from_container", alice, h.links[bob], markJudged, fromBob, actPass, bridge),
+			to("neighbour, icc off", rita, h.links[quinn], 0, fromQuinn, actShot, dropped(iccDisabled, hook)),
+			to("neighbour's broadcast, icc off", rita, h.links[quinn], markJudged, fromQuinn, actShot, dropped(iccDisabled, hook)),
+			to("neighbour not ready", alice, h.links[late], 0, fromBob, actShot, dropped(notReady, hook)),
+			to("receiver not ready", late, 0, 0, packet.TCP(at(f.gateway(netOne), 1), at(f.addr(late), 2), routedTo(late)), actShot, dropped(notReady, hook)),
+			to("receiver not ready, neighbour's broadcast", late, h.links[bob], markJudged, packet.UDP(at(b, 1), at(f.addr(late), 2), packet.MAC(macOf(bob), broadcast)), actShot, dropped(notReady, hook)),
+			to("routed by the host from outside", alice, h.up, 0, packet.TCP(at(f.client, 1), at(a, 2), routedTo(alice)), actShot, dropped(directAccess, hook)),
+			to("routed by the host from another network", alice, h.bridges[netTwo], 0, packet.TCP(at(f.addr(carol), 1), at(a, 2), routedTo(alice)), actShot, dropped(directAccess, hook)),
+			to("from another network's interface", alice, h.links[carol], 0, packet.TCP(at(f.addr(carol), 1), at(a, 2), routedTo(alice)), actShot, dropped(isolated, hook)),
+			to("from loopback", alice, 0, 0, packet.TCP(at(f.loopback, 1), at(a, 2), routedTo(alice)), actShot, dropped(loopbackAddr, hook)),
+			to("to loopback", alice, 0, 0, packet.TCP(at(f.gateway(netOne), 1), at(f.loopback, 2), routedTo(alice)), actShot, dropped(loopbackAddr, hook)),
+			to("malformed", alice, 0, 0, packet.TCP(at(f.gateway(netOne), 1), at(a, 2), routedTo(alice), packet.Payload(make([]byte, 40)), packet.Truncate(1)), actShot, dropped(malformed, hook)),
+			{
+				name: "bridge, marked", program: "from_bridge", ctx: skb{Ifindex: uint32(h.bridges[netOne]), Mark: markJudged},
+				in: packet.TCP(at(a, 1), at(f.host, 2), toGateway(alice)), action: actPass,
+			},
+			{
+				name: "bridge, unmarked", program: "from_bridge", ctx: skb{Ifindex: uint32(h.bridges[netOne])},
+				in: packet.TCP(at(a, 1), at(f.host, 2), toGateway(alice)), action: actShot, count: dropped(notReady, "bridge"),
+			},
+		})
+		t.Run("host-side interface's MAC", func(t *testing.T) {
+			// The bridge hands a frame to one of its ports' own addresses to the host, which routes it.
+			h.t = t
+			mac := append(hostEndMAC[:5:5], byte(ian))
+			r := h.from(ian, packet.UDP(at(f.addr(ian), 1), at(f.foreign, 2), packet.MAC(macOf(ian), mac)))
+			require.EqualValues(t, actPass, r.action)
+			h.drops("past from_bridge", notReady, "bridge", func() result {
+				return h.run("from_bridge", r.out, skb{Ifindex: uint32(h.bridges[netInternal]), Mark: r.mark})
+			})
+		})
+	})
+}
+
+// What belongs to the link: ARP, ND, MLD, DHCP, other protocols.
+func TestLink(t *testing.T) {
+	h := newHost(t, 1024)
+	f4, f6 := families[0], families[1]
+	a, b, q := f6.addr(alice), f6.addr(bob), f4.addr(quinn)
+	linkLocal := ip("fe80::42:acff:fe00:101") // alice's, EUI-64
+	const echoRequest = 128                   // echo request
+	nd := func(typ uint8, src, dst, target netip.Addr, ttl uint8, mac packet.Option) []byte {
+		// ICMPv6 error messages have the same shape: four bytes of rest, here flags, then the body.
+		frame := packet.ICMPEcho(src, dst, 0, 0, mac, packet.TTL(ttl), packet.Payload(target.AsSlice()))
+		// The type is the high byte of a summed word: down there, up here by as much.
+		frame[54] = typ
+		d := (int(echoRequest) - int(typ)) << 8
+		if d < 0 {
+			d += 0xffff
+		}
+		return addToSum(frame, 56, uint16(d))
+	}
+	lldp := append(append(append([]byte{}, broadcast...), macOf(alice)...), 0x88, 0xcc, 1, 2, 3, 4)
+	lldpQuiet := append(append(append([]byte{}, broadcast...), macOf(quinn)...), 0x88, 0xcc, 1, 2, 3, 4)
+	group := ip("ff02::1")
+	toGroup := packet.MAC(macOf(alice), []byte{0x33, 0x33, 0, 0, 0, 1})
+	h.check(t, []packetCase{
+		h.fromCase("ARP request", alice, packet.ARP(f4.addr(alice), f4.addr(bob), false, packet.MAC(macOf(alice), broadcast)), actPass, toBridge, nil),
+		h.fromCase("ARP probe", alice, packet.ARP(f4.unspecified, f4.addr(alice), false, packet.MAC(macOf(alice), broadcast)), actPass, toBridge, nil),
+		h.fromCase("ARP reply", alice, packet.ARP(f4.addr(alice), f4.addr(bob), true, toNeighbour(alice, bob)), actPass, toBridge, nil),
+		h.fromCase("ARP with icc off", quinn, packet.ARP(q, f4.addr(rita), false, packet.MAC(macOf(quinn), broadcast)), actPass, toBridge, nil),
+		h.fromCase("ARP for another's address", alice, packet.ARP(f4.addr(bob), f4.addr(alice), true, toNeighbour(alice, bob)), actShot, dropped(spoofed, "container"), nil),
+		h.fromCase("ARP for the gateway", alice, packet.ARP(f4.gateway(netOne), f4.addr(bob), true, toNeighbour(alice, bob)), actShot, dropped(spoofed, "container"), nil),
+		h.fromCase("ARP from another MAC", alice, packet.ARP(f4.addr(alice), f4.addr(bob), true, toNeighbour(bob, bob)), actShot, dropped(spoofedMAC, "container"), nil),
+		h.fromCase("ARP cut short", alice, packet.ARP(f4.addr(alice), f4.addr(bob), false, packet.MAC(macOf(alice), broadcast))[:30], actShot, dropped(malformed, "container"), nil),
+		h.fromCase("ARP before it is ready", late, packet.ARP(f4.addr(late), f4.addr(bob), false, packet.MAC(macOf(late), broadcast)), actPass, toBridge, nil),
+		h.fromCase("neighbour solicitation", alice, packet.NeighborSolicit(a, b, toGroup), actPass, toBridge, nil),
+		h.fromCase("neighbour solicitation before it is ready", late, packet.NeighborSolicit(f6.addr(late), b, packet.MAC(macOf(late), broadcast)), actPass, toBridge, nil),
+		h.fromCase("neighbour solicitation, link-local", alice, packet.NeighborSolicit(linkLocal, b, toGroup), actPass, toBridge, nil),
+		h.fromCase("duplicate address detection", alice, packet.NeighborSolicit(f6.unspecified, a, toGroup), actPass, toBridge, nil),
+		h.fromCase("neighbour solicitation, forged", alice, packet.NeighborSolicit(b, a, toGroup), actShot, dropped(spoofed, "container"), nil),
+		h.fromCase("advertisement of its own", alice, nd(136, a, b, a, 255, toNeighbour(alice, bob)), actPass, toBridge, nil),
+		h.fromCase("advertisement to the gateway", alice, nd(136, a, f6.gateway(netOne), a, 255, toGateway(alice)), actPass, toBridge, nil),
+		h.fromCase("advertisement for another", alice, nd(136, a, b, b, 255, toNeighbour(alice, bob)), actShot, dropped(spoofed, "container"), nil),
+		h.fromCase("advertisement for the gateway", alice, nd(136, linkLocal, b, f6.gateway(netOne), 255, toNeighbour(alice, bob)), actShot, dropped(spoofed, "container"), nil),
+		h.fromCase("ND into another network", alice, nd(135, a, f6.addr(carol), f6.addr(carol), 255, toGateway(alice)), actShot, dropped(isolated, "container"), nil),
+		h.fromCase("ND out of an internal network", ian, nd(135, f6.addr(ian), f6.foreign, f6.foreign, 255, toGateway(ian)), actShot, dropped(internalNet, "container"), nil),
+		h.fromCase("ND that was routed is none", alice, nd(135, a, b, b, 254, toNeighbour(alice, bob)), actRedirect, toContainer, nil),
+		h.fromCase("MLD report", alice, nd(131, linkLocal, group, group, 1, toGroup), actPass, toBridge, nil),
+		h.uplinkCase("ND to a container", nd(135, f6.client, a, a, 255, fromOutside), actShot, dropped(directAccess, "uplink"), nil),
+		h.uplinkCase("ND to the host", nd(135, f6.client, f6.host, f6.host, 255, fromOutside), actPass, "", nil),
+		{
+			name: "routed ND to a container", program: "to_container", ctx: skb{Ifindex: uint32(h.links[alice]), IngressIfindex: uint32(h.up)},
+			in: nd(135, f6.client, a, a, 254, routedTo(alice)), action: actShot, count: dropped(directAccess, "to_container"),
+		},
+		{
+			name: "ND of the host", program: "to_container", ctx: skb{Ifindex: uint32(h.links[late])},
+			in: packet.NeighborSolicit(f6.gateway(netOne), f6.addr(late), packet.MAC(bridgeMAC(netOne), macOf(late))), action: actPass, count: "fate bridge to_container",
+		},
+		{
+			name: "ARP of the host", program: "to_container", ctx: skb{Ifindex: uint32(h.links[late])},
+			in: packet.ARP(f4.gateway(netOne), f4.addr(late), false, packet.MAC(bridgeMAC(netOne), broadcast)), action: actPass, count: "fate bridge to_container",
+		},
+		{
+			name: "ARP comes up from a bridge", program: "from_bridge", ctx: skb{Ifindex: uint32(h.bridges[netOne])},
+			in: packet.ARP(f4.addr(alice), f4.gateway(netOne), false, packet.MAC(macOf(alice), broadcast)), action: actPass, count: "fate bridge bridge",
+		},
+		h.fromCase("DHCP", alice, packet.UDP(at(f4.unspecified, 68), at(ip("255.255.255.255"), 67), packet.MAC(macOf(alice), broadcast)), actPass, toBridge, nil),
+		h.fromCase("multicast", alice, packet.UDP(at(f4.addr(alice), 5353), at(ip("224.0.0.251"), 5353), packet.MAC(macOf(alice), []byte{1, 0, 0x5e, 0, 0, 0xfb})), actPass, toBridge, nil),
+		h.fromCase("link-local neighbour", alice, packet.UDP(at(linkLocal, 1), at(ip("fe80::1"), 2), toNeighbour(alice, bob)), actPass, toBridge, nil),
+		h.fromCase("link-local neighbour, icc off", quinn, packet.UDP(at(f6.addr(quinn), 1), at(ip("fe80::1"), 2), toNeighbour(quinn, rita)), actShot, dropped(iccDisabled, "container"), nil),
+		h.fromCase("another's link-local address", alice, packet.UDP(at(ip("fe80::42:acff:fe00:102"), 1), at(ip("fe80::1"), 2), toNeighbour(alice, bob)), actShot, dropped(spoofed, "container"), nil),
+		h.fromCase("link-local to outside is the stack's to refuse", alice, packet.UDP(at(linkLocal, 1), at(f6.foreign, 2), toGateway(alice)), actPass, toStack, nil),
+		h.fromCase("link-local to a published port", alice, packet.TCP(at(linkLocal, 1), at(f6.host, pubAlice), toGateway(alice)), actPass, toStack, nil),
+		h.uplinkCase("link-local client", packet.TCP(at(ip("fe80::99"), 1), at(f6.host, pubAlice), fromOutside), actPass, "", nil),
+		h.fromCase("LLDP", alice, lldp, actPass, toBridge, nil),
+		h.fromCase("LLDP with icc off", quinn, lldpQuiet, actShot, dropped(iccDisabled, "container"), nil),
+		h.fromCase("LLDP from another MAC", bob, lldp, actShot, dropped(spoofedMAC, "container"), nil),
+		h.fromCase("LLDP before it is ready", late, lldp, actShot, dropped(notReady, "container"), nil),
+	})
+}
+
+// addToSum adds to the checksum field at off what makes up for a changed byte.
+func addToSum(frame []byte, off int, d uint16) []byte {
+	v := uint32(frame[off])<<8 | uint32(frame[off+1])
+	v += uint32(d)
+	v = v>>16 + v&0xffff
+	frame[off], frame[off+1] = byte(v>>8), byte(v)
+	return frame
 }
