@@ -5,6 +5,7 @@ package scenarios
 import (
 	"net/netip"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 
@@ -47,6 +48,13 @@ func s05(t *testing.T, w *world) {
 	w.disallow(t, w.Default(), "bri1")
 	w.closed(t, db, isolated, oneAddrs...)
 	w.closed(t, one, isolated, dbAddrs...)
+
+	// What is under way ends, too.
+	w.allow(t, w.Default(), "bri1")
+	one.Stream(t, addrPort(dbAddrs[0], "80"))
+	w.disallow(t, w.Default(), "bri1")
+	before := w.drops(t)[isolated]
+	lab.Eventually(t, 5*time.Second, "the stream is dropped", func() bool { return w.drops(t)[isolated] > before })
 	// The published port is for everybody.
 	r := one.MustGet(t, addrPort(lab.Host4, "3306"))
 	assert.Equal(t, oneAddrs[0], remote(t, r), "who the server saw")

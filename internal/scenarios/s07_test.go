@@ -3,7 +3,6 @@
 package scenarios
 
 import (
-	"strings"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -18,6 +17,7 @@ import (
 // s07: containers with the host's network, with none, and with another container's.
 func s07(t *testing.T, w *world) {
 	idle := attachments(w.snapshot(t))
+	require.Contains(t, programs(t, w.Host), lab.HostIf+" ingress", "they are found where they are")
 
 	t.Run("host", func(t *testing.T) {
 		w.Serve(t, "--net=host --name on-host", "--tcp 7100 --udp 7100")
@@ -91,7 +91,8 @@ func s07(t *testing.T, w *world) {
 	})
 }
 
-// programs lists the BPF programs on the devices of a namespace: tcx, and filters of a clsact qdisc.
+// programs lists where BPF programs are on the devices of a namespace: tcx, xdp, or a clsact qdisc
+// that could hold some.
 func programs(t *testing.T, n *lab.NS) []string {
 	t.Helper()
 	var found []string
@@ -108,14 +109,8 @@ func programs(t *testing.T, n *lab.NS) []string {
 		for _, l := range links {
 			name, index := l.Attrs().Name, l.Attrs().Index
 			for hook, at := range map[string]ebpf.AttachType{
-				"ingress": ebpf.AttachTCXIngress, "egress": ebpf.AttachTCXEgress, "xdp": ebpf.AttachXDP,
+				"ingress": ebpf.AttachTCXIngress, "egress": ebpf.AttachTCXEgress,
 			} {
-				if at == ebpf.AttachXDP {
-					if l.Attrs().Xdp != nil && l.Attrs().Xdp.Attached {
-						found = append(found, name+" "+hook)
-					}
-					continue
-				}
 				r, err := link.QueryPrograms(link.QueryOptions{Target: index, Attach: at})
 				if err != nil {
 					return err
@@ -124,12 +119,15 @@ func programs(t *testing.T, n *lab.NS) []string {
 					found = append(found, name+" "+hook)
 				}
 			}
+			if xdp := l.Attrs().Xdp; xdp != nil && xdp.Attached {
+				found = append(found, name+" xdp")
+			}
 			qdiscs, err := h.QdiscList(l)
 			if err != nil {
 				return err
 			}
 			for _, q := range qdiscs {
-				if strings.HasPrefix(q.Type(), "clsact") {
+				if q.Type() == "clsact" {
 					found = append(found, name+" clsact")
 				}
 			}

@@ -30,8 +30,14 @@ func s12(t *testing.T, w *world) {
 	open(t, two, []netip.Addr{second}, fixed)
 	open(t, one, []netip.Addr{fixed}, second)
 	assert.Equal(t, []int{64}, ttls(two, fixed, 1), "the same network")
-	// The first interface is as it was.
-	w.closed(t, one, isolated, w.v4(t, "busybox2", w.Default()))
+	// The first interface is as it was, until it is allowed: what comes in by it is answered by the
+	// second, which is nearer.
+	first := w.v4(t, "busybox2", w.Default())
+	w.closed(t, one, isolated, first)
+	w.allow(t, "network1", w.Default())
+	open(t, one, []netip.Addr{fixed}, first)
+	w.disallow(t, "network1", w.Default())
+	w.closed(t, one, isolated, first)
 	w.Client2.Serve(t, "--tcp", usualPort, "--udp", usualPort)
 	open(t, two, []netip.Addr{lab.HostB4}, lab.Internet4)
 }
