@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"reflect"
 	"slices"
 	"sync"
 	"time"
@@ -63,6 +64,9 @@ type Daemon struct {
 	bridges  map[string]bool
 	resync   bool
 	renew    bool
+	begun    uint64        // rounds, by number
+	ended    uint64        // the last round that has ended
+	news     chan struct{} // closed with it
 	// What the engine's port hook announced, and what leads somewhere as of the last round.
 	announced map[string]announced
 	published map[policy.PortKey]policy.PortRow
@@ -75,6 +79,7 @@ type Daemon struct {
 	changes  []netdev.Change
 	problem  string // of the last round, so that it is logged once
 	snapshot *api.Snapshot
+	stored   policy.State // as the store has it
 }
 
 // Run runs the daemon until ctx ends. The network runs on afterwards. An error before it serves means
@@ -93,6 +98,7 @@ func open(cfg Config) (_ *Daemon, err error) {
 	d := &Daemon{
 		cfg: cfg, log: cfg.Logger, started: time.Now(), kick: make(chan struct{}, 1),
 		bridges: make(map[string]bool), attached: make(map[int]bool), announced: make(map[string]announced),
+		news: make(chan struct{}),
 	}
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
@@ -370,7 +376,10 @@ func (d *Daemon) reconcile() error {
 		served[n.Bridge] = true
 	}
 	d.bridges = served
+	d.begun++
+	round := d.begun
 	d.mu.Unlock()
+	defer d.endRound(round)
 
 	var errs []error
 	if resync {
@@ -412,9 +421,12 @@ func (d *Daemon) apply(in policy.Intents, settings bpfmaps.Settings) error {
 		if err := d.store.SetSlots(slots); err != nil {
 			return err
 		}
+	}
+	if !reflect.DeepEqual(in.State, d.stored) {
 		if err := d.store.SetState(policy.SourceDocker, in.State); err != nil {
 			return err
 		}
+		d.stored = in.State
 	}
 	res, err := d.writer.Apply(tables, settings)
 	if err != nil {
@@ -555,27 +567,34 @@ func (d *Daemon) saveChanges() error {
 	return d.store.SetSysctls(out)
 }
 
-// Flush waits until a round that began after the call has ended.
+// Flush waits until a round that began after the call has ended, well or not.
 func (d *Daemon) Flush(ctx context.Context) error {
 	d.mu.Lock()
-	before := d.snapshot
+	after := d.begun
 	d.mu.Unlock()
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
 	d.wake()
 	for {
+		d.mu.Lock()
+		ended, news := d.ended, d.news
+		d.mu.Unlock()
+		if ended > after {
+			return nil
+		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-tick.C:
-			d.mu.Lock()
-			done := d.snapshot != before
-			d.mu.Unlock()
-			if done {
-				return nil
-			}
+		case <-news:
 		}
 	}
+}
+
+// endRound tells those who wait in Flush.
+func (d *Daemon) endRound(round uint64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.ended = round
+	close(d.news)
+	d.news = make(chan struct{})
 }
 
 // networkNames are the names that allow and disallow take.
