@@ -8,9 +8,22 @@
 package bpf_test
 
 import (
+	"bufio"
+	"flag"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
 	"testing"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
@@ -682,4 +695,791 @@ func addToSum(frame []byte, off int, d uint16) []byte {
 	v = v>>16 + v&0xffff
 	frame[off], frame[off+1] = byte(v>>8), byte(v)
 	return frame
+}
+
+// ICMP errors about flows: what they say must be true for whom they reach.
+func TestICMPErrors(t *testing.T) {
+	h := newHost(t, 1024)
+	forFamilies(t, func(t *testing.T, f family) {
+		a := f.addr(alice)
+		router := f.foreign
+		server, client := at(f.client2, 443), at(f.client, 50000)
+		data := packet.Payload([]byte("some data, so that the quoted transport header is whole"))
+		for _, c := range []struct {
+			name  string
+			make  func(src, dst netip.AddrPort, o ...packet.Option) []byte
+			more  []packet.Option
+			quote int // bytes of the quoted packet's payload, 0: all
+		}{
+			{"TCP", packet.TCP, nil, 0},
+			{"TCP, eight bytes quoted", packet.TCP, nil, 8},
+			{"UDP", packet.UDP, nil, 0},
+			{"wrong quoted checksum", packet.UDP, []packet.Option{packet.SkewL4(77)}, 0},
+			{"no quoted checksum", packet.UDP, []packet.Option{packet.NoUDPChecksum()}, 0},
+		} {
+			t.Run(c.name, func(t *testing.T) {
+				h.t = t
+				h.reset()
+				inner := func(src, dst netip.AddrPort, o ...packet.Option) []byte {
+					frame := c.make(src, dst, append(append(o, data), c.more...)...)
+					if c.quote > 0 {
+						frame = packet.Quote(frame, c.quote)
+					}
+					return frame
+				}
+				h.from(alice, c.make(at(a, 40000), server, toGateway(alice)))
+				port := h.outer(f, alice, 40000, f.client2, 443)
+				outer := at(f.host, port)
+				before := h.flowSeen(f)
+				for what, src := range map[string]netip.Addr{"router": router, "server": f.client2} {
+					r := h.expect("from "+what, actRedirect, published, func() result {
+						return h.uplink(packet.ICMPError(src, f.host, f.timeExceeded, 0, inner(outer, server, packet.TTL(1)), fromOutside))
+					})
+					same(t, "from "+what, packet.ICMPError(src, a, f.timeExceeded, 0, inner(at(a, 40000), server, packet.TTL(1)), routedTo(alice), packet.TTL(63)), r.out)
+				}
+				require.Equal(t, before, h.flowSeen(f), "an error keeps no flow alive (RFC 5508 section 4.2)")
+				r := h.expect("too big", actRedirect, published, func() result {
+					return h.uplink(packet.ICMPError(router, f.host, f.tooBig, f.tooBigCode, inner(outer, server), fromOutside, packet.MTU(1300)))
+				})
+				same(t, "too big", packet.ICMPError(router, a, f.tooBig, f.tooBigCode, inner(at(a, 40000), server), routedTo(alice), packet.TTL(63), packet.MTU(1300)), r.out)
+				h.expect("wrong outer checksum", actRedirect, published, func() result {
+					r = h.uplink(packet.ICMPError(router, f.host, f.timeExceeded, 0, inner(outer, server), fromOutside, packet.SkewL4(5)))
+					return r
+				})
+				same(t, "wrong outer checksum", packet.ICMPError(router, a, f.timeExceeded, 0, inner(at(a, 40000), server), routedTo(alice), packet.TTL(63), packet.SkewL4(5)), r.out)
+				h.expect("to another address than the quoted sender's", actPass, "", func() result {
+					return h.uplink(packet.ICMPError(router, f.host1, f.timeExceeded, 0, inner(outer, server), fromOutside))
+				})
+				h.expect("about another flow", actPass, "", func() result {
+					return h.uplink(packet.ICMPError(router, f.host, f.timeExceeded, 0, inner(at(f.host, port), at(f.client2, 444)), fromOutside))
+				})
+				r = h.expect("the container's own error about an answer", actRedirect, toUplink, func() result {
+					return h.from(alice, packet.ICMPError(a, f.client2, f.unreach, 3, inner(server, at(a, 40000)), toGateway(alice)))
+				})
+				same(t, "the container's own", packet.ICMPError(f.host, f.client2, f.unreach, 3, inner(server, outer), toGateway(alice), packet.TTL(63)), r.out)
+				h.drops("a neighbour's error about it", noFlow, "container", func() result {
+					return h.from(bob, packet.ICMPError(f.addr(bob), f.client2, f.unreach, 3, inner(server, at(a, 40000)), toGateway(bob)))
+				})
+				h.drops("an error about it to somebody else", noFlow, "container", func() result {
+					return h.from(alice, packet.ICMPError(a, f.client, f.unreach, 3, inner(server, at(a, 40000)), toGateway(alice)))
+				})
+
+				{
+					h.uplink(c.make(client, at(f.host, pubAlice), fromOutside))
+					r = h.expect("about a published port", actRedirect, toUplink, func() result {
+						return h.from(alice, packet.ICMPError(a, f.client, f.unreach, 3, inner(client, at(a, 80)), toGateway(alice)))
+					})
+					same(t, "published port", packet.ICMPError(f.host, f.client, f.unreach, 3, inner(client, at(f.host, pubAlice)), toGateway(alice), packet.TTL(63)), r.out)
+					r = h.expect("about a reply of it", actRedirect, published, func() result {
+						return h.uplink(packet.ICMPError(router, f.host, f.timeExceeded, 0, inner(at(f.host, pubAlice), client), fromOutside))
+					})
+					same(t, "about a reply", packet.ICMPError(router, a, f.timeExceeded, 0, inner(at(a, 80), client), routedTo(alice), packet.TTL(63)), r.out)
+					own := packet.ICMPError(f.host, f.client, f.timeExceeded, 0, inner(client, at(a, 80), packet.TTL(1)), packet.MAC(upMAC, outsideMAC))
+					r = h.expect("the stack's own", actPass, "", func() result { return h.run("to_uplink", own, skb{Ifindex: uint32(h.up)}) })
+					same(t, "the stack's own", packet.ICMPError(f.host, f.client, f.timeExceeded, 0, inner(client, at(f.host, pubAlice), packet.TTL(1)), packet.MAC(upMAC, outsideMAC)), r.out)
+				}
+			})
+		}
+		t.Run("echo", func(t *testing.T) {
+			h.t = t
+			h.reset()
+			id := echoID(h.from(alice, packet.ICMPEcho(a, f.client2, 0x4321, 1, toGateway(alice))).out)
+			r := h.expect("about an echo request", actRedirect, published, func() result {
+				return h.uplink(packet.ICMPError(router, f.host, f.timeExceeded, 0, packet.ICMPEcho(f.host, f.client2, id, 1), fromOutside))
+			})
+			same(t, "echo", packet.ICMPError(router, a, f.timeExceeded, 0, packet.ICMPEcho(a, f.client2, 0x4321, 1), routedTo(alice), packet.TTL(63)), r.out)
+			right(t, "echo", r.out)
+		})
+		t.Run("quoted header beyond the packet's end", func(t *testing.T) {
+			h.t = t
+			h.reset()
+			h.from(alice, packet.UDP(at(a, 40000), server, toGateway(alice)))
+			outer := at(f.host, h.outer(f, alice, 40000, f.client2, 443))
+			whole := packet.ICMPError(router, f.host, f.timeExceeded, 0, packet.UDP(outer, server), fromOutside)
+			short := packet.ICMPError(router, f.host, f.timeExceeded, 0, packet.Quote(packet.UDP(outer, server), 2), fromOutside)
+			padded := append(append([]byte{}, short[:min(len(short), len(whole))]...), make([]byte, 32)...)
+			end := len(packet.Quote(packet.UDP(outer, server), 2)) - 14 + 8 + map[bool]int{false: 34, true: 54}[f.v6]
+			copy(padded[end:], whole[end:])
+			r := h.expect("padding is no data", actPass, "", func() result { return h.uplink(padded) })
+			same(t, "untouched", padded, r.out)
+		})
+	})
+}
+
+// flowSeen is what a packet changes in the flow entries.
+func (h *host) flowSeen(f family) map[any][2]uint64 {
+	h.t.Helper()
+	out := make(map[any][2]uint64)
+	for k, v := range h.flows4() {
+		out[k] = [2]uint64{v.F.Packets, uint64(v.F.LastSeen)}
+	}
+	for k, v := range h.flows6() {
+		out[k] = [2]uint64{v.F.Packets, uint64(v.F.LastSeen)}
+	}
+	return out
+}
+
+// Fragments, in order and not, sizes and hops.
+func TestFragments(t *testing.T) {
+	h := newHost(t, 1024)
+	forFamilies(t, func(t *testing.T, f family) {
+		a, b := f.addr(alice), f.addr(bob)
+		payload := make([]byte, 300)
+		for i := range payload {
+			payload[i] = byte(i * 7)
+		}
+		whole := func(src, dst netip.AddrPort, o ...packet.Option) [][]byte {
+			return packet.Fragment(packet.UDP(src, dst, append(o, packet.Payload(payload))...), 128, 0xabcd)
+		}
+		t.Run("masqueraded", func(t *testing.T) {
+			h.t = t
+			h.reset()
+			in := whole(at(a, 40000), at(f.client2, 53), toGateway(alice))
+			h.drops("a later one first", noFragment, "container", func() result { return h.from(alice, in[1]) })
+			var got [][]byte
+			for _, frame := range in {
+				r := h.expect("fragment", actRedirect, toUplink, func() result { return h.from(alice, frame) })
+				got = append(got, r.out)
+			}
+			port := h.outer(f, alice, 40000, f.client2, 53)
+			for i, want := range whole(at(f.host, port), at(f.client2, 53), toGateway(alice), packet.TTL(63)) {
+				same(t, "fragment", want, got[i])
+			}
+			back := whole(at(f.client2, 53), at(f.host, port), fromOutside)
+			h.expect("a later one of the answer first", actPass, "", func() result { return h.uplink(back[2]) })
+			for i, want := range whole(at(f.client2, 53), at(a, 40000), routedTo(alice), packet.TTL(63)) {
+				r := h.expect("back", actRedirect, published, func() result { return h.uplink(back[i]) })
+				same(t, "back", want, r.out)
+			}
+			h.drops("a neighbour's fragment of that identification", noFragment, "container", func() result {
+				return h.from(bob, whole(at(b, 40000), at(f.client2, 53), toGateway(bob))[1])
+			})
+		})
+		t.Run("published", func(t *testing.T) {
+			h.t = t
+			h.reset()
+			in := whole(at(f.client, 50000), at(f.host, pubAlice), fromOutside)
+			for i, want := range whole(at(f.client, 50000), at(a, 80), routedTo(alice), packet.TTL(63)) {
+				r := h.expect("in", actRedirect, published, func() result { return h.uplink(in[i]) })
+				same(t, "in", want, r.out)
+			}
+			h.drops("a container's address, later fragment", directAccess, "uplink", func() result {
+				return h.uplink(whole(at(f.client, 50000), at(b, 80), fromOutside)[1])
+			})
+		})
+		t.Run("isolation", func(t *testing.T) {
+			h.t = t
+			h.reset()
+			for _, frame := range whole(at(a, 1), at(f.addr(carol), 2), toGateway(alice)) {
+				h.drops("other network", isolated, "container", func() result { return h.from(alice, frame) })
+			}
+			for i, frame := range whole(at(a, 1), at(b, 2), toNeighbour(alice, bob)) {
+				r := h.expect("neighbour", actRedirect, toContainer, func() result { return h.from(alice, frame) })
+				same(t, "neighbour", whole(at(a, 1), at(b, 2), toNeighbour(alice, bob))[i], r.out)
+			}
+		})
+		t.Run("tiny", func(t *testing.T) {
+			h.t = t
+			h.reset()
+			first := packet.Fragment(packet.TCP(at(a, 40000), at(f.client2, 80), toGateway(alice)), 8, 1)[0]
+			h.drops("TCP header cut by fragmentation (RFC 1858)", malformed, "container", func() result { return h.from(alice, first) })
+		})
+		t.Run("size", func(t *testing.T) {
+			h.t = t
+			h.reset()
+			big := packet.Payload(make([]byte, uplinkMTU))
+			h.expect("too big, the stack says so", actPass, toStack, func() result {
+				return h.from(alice, packet.UDP(at(a, 1), at(f.client2, 2), toGateway(alice), packet.DontFragment(), big))
+			})
+			if !f.v6 {
+				h.drops("too big, not to be fragmented here", tooBig, "container", func() result {
+					return h.from(alice, packet.UDP(at(a, 1), at(f.client2, 2), toGateway(alice), big))
+				})
+			}
+			r := h.run("from_container", packet.TCP(at(a, 3), at(f.client2, 2), toGateway(alice), big), skb{
+				Ifindex: uint32(h.links[alice]), GSOSize: uplinkMTU - 100, GSOSegs: 2,
+			})
+			require.EqualValues(t, actRedirect, r.action, "a GSO packet is measured by its segments")
+			r = h.run("from_container", packet.TCP(at(a, 4), at(f.client2, 2), toGateway(alice), packet.DontFragment(), big), skb{
+				Ifindex: uint32(h.links[alice]), GSOSize: uplinkMTU - 20, GSOSegs: 2,
+			})
+			require.EqualValues(t, actPass, r.action, "segments too big")
+		})
+	})
+	t.Run("IPv6 extension headers", func(t *testing.T) {
+		h.t = t
+		h.reset()
+		f := families[1]
+		a, b := f.addr(alice), f.addr(bob)
+		ext := func(n int) []byte { return withExtensions(packet.UDP(at(a, 1), at(b, 2), toNeighbour(alice, bob)), n) }
+		for n := range 7 {
+			h.expect("few", actRedirect, toContainer, func() result { return h.from(alice, ext(n)) })
+		}
+		require.Equal(t, 2, h.entries(f), "all were of one flow")
+		h.drops("many", malformed, "container", func() result { return h.from(alice, ext(7)) })
+		long := ext(1)
+		long[14+41] = 200 // longer than the packet
+		h.drops("beyond the end", malformed, "container", func() result { return h.from(alice, long) })
+	})
+}
+
+// withExtensions puts n destination options headers before the upper layer.
+func withExtensions(frame []byte, n int) []byte {
+	next := frame[20]
+	var headers []byte
+	for i := range n {
+		after := byte(unix.IPPROTO_DSTOPTS)
+		if i == n-1 {
+			after = next
+		}
+		headers = append(headers, after, 0, 1, 4, 0, 0, 0, 0)
+	}
+	out := append(append(append([]byte{}, frame[:54]...), headers...), frame[54:]...)
+	if n > 0 {
+		out[20] = unix.IPPROTO_DSTOPTS
+	}
+	length := int(out[18])<<8 + int(out[19]) + 8*n
+	out[18], out[19] = byte(length>>8), byte(length)
+	return out
+}
+
+// Absurd headers: dropped from a container, left to the stack from an uplink. (Test runs themselves
+// refuse frames that end within the IP header.)
+func TestMalformed(t *testing.T) {
+	h := newHost(t, 1024)
+	forFamilies(t, func(t *testing.T, f family) {
+		a := f.addr(alice)
+		good := func(src, dst netip.AddrPort, mac packet.Option) []byte {
+			return packet.TCP(src, dst, mac, packet.Payload([]byte("twenty bytes of data")))
+		}
+		l4 := 34
+		if f.v6 {
+			l4 = 54
+		}
+		for what, spoil := range map[string]func(b []byte) []byte{
+			"TCP header cut off":        func(b []byte) []byte { return b[:l4+10] },
+			"wrong version":             func(b []byte) []byte { b[14] = 0x55; return b },
+			"TCP offset too small":      func(b []byte) []byte { b[l4+12] = 0x40; return b },
+			"TCP offset beyond the end": func(b []byte) []byte { b[l4+12] = 0xf0; return b },
+			"length beyond the frame":   func(b []byte) []byte { b[14+2+2*f.index()] = 0x20; return b },
+			"header length too small": func(b []byte) []byte {
+				if f.v6 {
+					b[20] = unix.IPPROTO_AH // and what follows is no such header
+					b[55] = 255
+					return b
+				}
+				b[14] = 0x44
+				return b
+			},
+			"header length beyond the packet": func(b []byte) []byte {
+				if f.v6 {
+					b[18], b[19] = 0, 4
+					return b
+				}
+				b[14], b[16], b[17] = 0x4f, 0, 40
+				return b
+			},
+		} {
+			t.Run(what, func(t *testing.T) {
+				h.t = t
+				h.reset()
+				h.drops("from container", malformed, "container", func() result {
+					return h.from(alice, spoil(good(at(a, 1), at(f.foreign, 2), toGateway(alice))))
+				})
+				frame := spoil(good(at(f.client, 1), at(f.host, pubAlice), fromOutside))
+				r := h.expect("from uplink", actPass, "", func() result { return h.uplink(frame) })
+				same(t, "from uplink", frame, r.out)
+				h.drops("to container", malformed, "to_container", func() result {
+					return h.to(alice, 0, spoil(good(at(f.gateway(netOne), 1), at(a, 2), routedTo(alice))))
+				})
+			})
+		}
+	})
+}
+
+// The host forwards for others only if it did so before us.
+func TestTransit(t *testing.T) {
+	h := newHost(t, 1024)
+	forFamilies(t, func(t *testing.T, f family) {
+		frame := packet.TCP(at(f.client, 1), at(f.foreign, 2), packet.MAC(upMAC, outsideMAC))
+		out := func(in int, mark uint32) func() result {
+			return func() result {
+				return h.run("to_uplink", frame, skb{Ifindex: uint32(h.up), IngressIfindex: uint32(in), Mark: mark})
+			}
+		}
+		h.t = t
+		h.expect("forwarding was on", actPass, "", out(h.up1, 0))
+		flag := []bpf.DatapathConfigFlags{bpf.DatapathConfigFlagsCONFIG_DROP_TRANSIT4, bpf.DatapathConfigFlagsCONFIG_DROP_TRANSIT6}[f.index()]
+		h.setConfig(func(c *bpf.DatapathConfig) { c.Flags = flag })
+		defer h.setConfig(func(c *bpf.DatapathConfig) { c.Flags = 0 })
+		h.drops("foreign", transit, "to_uplink", out(h.up1, 0))
+		h.expect("the host's own", actPass, "", out(0, 0))
+		h.expect("by lo", actPass, "", out(1, 0))
+		r := h.expect("ours", actPass, "", out(h.links[alice], markJudged))
+		require.Zero(t, r.mark)
+	})
+}
+
+// A flow's life: opened, closed, reset, reopened, taken over, timed out, judged again.
+func TestFlowLife(t *testing.T) {
+	h := newHost(t, 1024)
+	expire := func() bpf.DatapathExpireArgs { return h.sweep("expire") }
+	forFamilies(t, func(t *testing.T, f family) {
+		a, b := f.addr(alice), f.addr(bob)
+		server := at(f.client2, 443)
+		send := func(slot int, src netip.Addr, flags string) result {
+			return h.from(slot, packet.TCP(at(src, 40000), server, toGateway(slot), packet.Flags(flags)))
+		}
+		// port is the outer one of the only flow to the server.
+		port := func() uint16 {
+			for k := range h.flows4() {
+				if k.Hook == bpf.DatapathHookHOOK_UPLINK {
+					return swap16(k.Dport)
+				}
+			}
+			for k := range h.flows6() {
+				if k.Hook == uint8(bpf.DatapathHookHOOK_UPLINK) {
+					return swap16(k.Dport)
+				}
+			}
+			return 0
+		}
+		answer := func(flags string) result {
+			return h.uplink(packet.TCP(server, at(f.host, port()), fromOutside, packet.Flags(flags)))
+		}
+		// one leaves a single masquerade port, so that the next flow to the server meets the first.
+		one := func(t *testing.T) {
+			h.t = t
+			h.reset()
+			h.setSNAT(snatFirst, 1)
+			t.Cleanup(func() { h.setSNAT(snatFirst, snatCount) })
+		}
+		established := func() { send(alice, a, "S"); answer("SA"); send(alice, a, "A") }
+		taken := func(t *testing.T, what string, want bool) {
+			t.Helper()
+			h.t = t
+			if !want {
+				h.drops(what, snatExhausted, "container", func() result { return send(bob, b, "S") })
+				return
+			}
+			h.expect(what, actRedirect, toUplink, func() result { return send(bob, b, "S") })
+			require.Equal(t, 2, h.entries(f), "%s: the old flow's entries are gone", what)
+			require.EqualValues(t, 2, h.gauge()[f.index()])
+			r := h.expect("its answer", actRedirect, published, func() result { return answer("SA") })
+			same(t, "goes to the new owner", packet.TCP(server, at(b, 40000), routedTo(bob), packet.TTL(63), packet.Flags("SA")), r.out)
+		}
+		for _, c := range []struct {
+			name  string
+			do    func()
+			taken bool
+		}{
+			{"unanswered", func() { send(alice, a, "S") }, false},
+			{"established", established, false},
+			{"unanswered, expired", func() { send(alice, a, "S"); h.age(timeout + 1) }, true},
+			{"established, idle for long", func() { established(); h.age(timeout + 1) }, false},
+			{"established, expired", func() { established(); h.age(timeoutUp + 1) }, true},
+			{"reset by the server", func() { send(alice, a, "S"); answer("RA") }, true},
+			{"reset by the container", func() { established(); send(alice, a, "R") }, true},
+			{"closed first by the container", func() { established(); send(alice, a, "FA"); answer("FA"); send(alice, a, "A") }, true},
+			{"closed first by the server", func() { established(); answer("FA"); send(alice, a, "FA"); answer("A") }, false},
+			{"half closed", func() { established(); send(alice, a, "FA"); answer("A") }, false},
+			{"closed and reopened", func() {
+				established()
+				send(alice, a, "FA")
+				answer("FA")
+				send(alice, a, "S")
+				answer("SA")
+				send(alice, a, "A")
+			}, false},
+			{"closed and reopened, after a change of policy", func() {
+				established()
+				send(alice, a, "FA")
+				answer("FA")
+				h.bump()
+				send(alice, a, "S")
+				answer("SA")
+				send(alice, a, "A")
+			}, false},
+			{"retransmitted SYN", func() { send(alice, a, "S"); send(alice, a, "S") }, false},
+		} {
+			t.Run(c.name, func(t *testing.T) {
+				one(t)
+				c.do()
+				taken(t, c.name, c.taken)
+			})
+		}
+		t.Run("expiry", func(t *testing.T) {
+			for _, c := range []struct {
+				name string
+				do   func()
+				rest uint32 // ticks it may rest
+			}{
+				{"unanswered", func() { send(alice, a, "S") }, timeout},
+				{"established", established, timeoutUp},
+				{"half closed", func() { established(); send(alice, a, "FA"); answer("A") }, timeoutFin},
+				{"closed", func() { established(); send(alice, a, "FA"); answer("FA") }, timeout},
+				{"reset", func() { established(); answer("R") }, timeout},
+				{"UDP", func() { h.from(alice, packet.UDP(at(a, 1), server, toGateway(alice))) }, timeout},
+				{"echo", func() { h.from(alice, packet.ICMPEcho(a, server.Addr(), 1, 1, toGateway(alice))) }, timeout},
+				{"to the host", func() { h.from(alice, packet.UDP(at(a, 1), at(f.host, 53), toGateway(alice))) }, timeout},
+				{"by address alone", func() { h.from(alice, packet.SCTP(at(a, 1), server, toGateway(alice))) }, timeout},
+			} {
+				t.Run(c.name, func(t *testing.T) {
+					h.t = t
+					h.reset()
+					c.do()
+					n := h.entries(f)
+					h.age(c.rest - 1)
+					args := expire()
+					require.EqualValues(t, n, args.Live[f.index()])
+					require.Zero(t, args.Deleted[f.index()])
+					h.age(3)
+					args = expire()
+					require.Zero(t, args.Live[f.index()])
+					require.NotZero(t, args.Deleted[f.index()])
+					require.Zero(t, h.entries(f))
+					require.Zero(t, h.gauge()[f.index()])
+				})
+			}
+			t.Run("kept alive by one direction", func(t *testing.T) {
+				h.t = t
+				h.reset()
+				established()
+				h.age(timeoutUp + 1)
+				port := h.outer(f, alice, 40000, server.Addr(), 443)
+				h.uplink(packet.TCP(server, at(f.host, port), fromOutside, packet.Flags("A")))
+				require.EqualValues(t, 2, expire().Live[f.index()], "neither direction goes without the other")
+			})
+		})
+		t.Run("purge", func(t *testing.T) {
+			purge := func() int {
+				h.sweep("purge")
+				require.EqualValues(h.t, h.entries(f), h.gauge()[f.index()])
+				return h.entries(f)
+			}
+			clientPort := at(f.client, 50000)
+			h.t = t
+			h.reset()
+			h.uplink(packet.TCP(clientPort, at(f.host, pubAlice), fromOutside))
+			h.from(bob, packet.TCP(at(b, 1), server, toGateway(bob)))
+			h.from(bob, packet.UDP(at(b, 1), at(a, 2), toNeighbour(bob, alice)))
+			h.from(alice, packet.UDP(at(a, 1), at(f.host, 53), toGateway(alice)))
+			require.Equal(t, 7, purge(), "all are alive")
+			h.setEndpoint(alice, func(e *bpf.DatapathEndpoint) { e.Ifindex = 0 })
+			require.Equal(t, 2, purge(), "alice is gone")
+			h.setEndpoint(alice, func(e *bpf.DatapathEndpoint) { e.Ifindex = uint32(h.links[alice]) })
+			h.uplink(packet.TCP(clientPort, at(f.host, pubAlice), fromOutside))
+			slot := uint16(0)
+			for _, v := range h.flows4() {
+				slot = max(slot, v.F.Port)
+			}
+			for _, v := range h.flows6() {
+				slot = max(slot, v.F.Port)
+			}
+			require.NotZero(t, slot)
+			h.put("port_slots", uint32(slot), bpf.DatapathPortSlot{})
+			require.Equal(t, 2, purge(), "the port is gone")
+			h.put("port_slots", uint32(slot), bpf.DatapathPortSlot{Live: 1})
+			h.from(bob, packet.UDP(at(b, 1), at(a, 2), toNeighbour(bob, alice)))
+			h.setEndpoint(alice, func(e *bpf.DatapathEndpoint) { e.Ifindex = uint32(h.up1) })
+			require.Equal(t, 2, purge(), "alice is on another interface")
+			h.setEndpoint(alice, func(e *bpf.DatapathEndpoint) { e.Ifindex = uint32(h.links[alice]) })
+		})
+		t.Run("renewed", func(t *testing.T) {
+			h.t = t
+			h.reset()
+			toPeggy := packet.TCP(at(a, 1), at(f.addr(peggy), 2), toGateway(alice))
+			h.from(alice, toPeggy)
+			h.bump()
+			h.expect("still allowed", actRedirect, toContainer, func() result { return h.from(alice, toPeggy) })
+			require.NoError(t, h.coll.Maps["pairs"].Delete(bpf.DatapathPair{A: netOne, B: netRouted}))
+			h.expect("judged with its generation only", actRedirect, toContainer, func() result { return h.from(alice, toPeggy) })
+			h.bump()
+			h.drops("disallowed", isolated, "container", func() result { return h.from(alice, toPeggy) })
+			require.Zero(t, h.entries(f))
+			require.Zero(t, h.gauge()[f.index()])
+			h.put("pairs", bpf.DatapathPair{A: netOne, B: netRouted}, uint8(1))
+
+			peer := packet.TCP(at(a, 1), at(b, 2), toNeighbour(alice, bob))
+			h.from(alice, peer)
+			h.setNetwork(netOne, func(n *bpf.DatapathNetwork) { n.Flags |= bpf.DatapathNetworkFlagsNETWORK_NO_ICC })
+			h.bump()
+			h.drops("icc turned off", iccDisabled, "container", func() result { return h.from(alice, peer) })
+			h.reset()
+			h.setNetwork(netOne, func(n *bpf.DatapathNetwork) { n.Flags = networkFlags[netOne] })
+			send(alice, a, "S")
+			h.setNetwork(netOne, func(n *bpf.DatapathNetwork) { n.Flags |= bpf.DatapathNetworkFlagsNETWORK_INTERNAL })
+			h.bump()
+			h.drops("made internal", internalNet, "container", func() result { return send(alice, a, "A") })
+			h.setNetwork(netOne, func(n *bpf.DatapathNetwork) { n.Flags = networkFlags[netOne] })
+
+			h.reset()
+			send(alice, a, "S")
+			port := h.outer(f, alice, 40000, server.Addr(), 443)
+			require.NoError(t, h.coll.Maps["host_addrs"].Delete(mapAddr(f.host)))
+			h.bump()
+			r := h.expect("the masquerade address is gone: opened anew", actRedirect, toUplink, func() result { return send(alice, a, "A") })
+			require.EqualValues(t, 2, h.entries(f))
+			require.Equal(t, port, h.outer(f, alice, 40000, server.Addr(), 443))
+			right(t, "opened anew", r.out)
+			h.put("host_addrs", mapAddr(f.host), bpf.DatapathHostAddr{Ifindex: uint32(h.up)})
+
+			h.reset()
+			send(alice, a, "S")
+			h.bump()
+			h.setEndpoint(alice, func(e *bpf.DatapathEndpoint) { e.Sandbox = 77 })
+			h.setEndpoint(bob, func(e *bpf.DatapathEndpoint) {
+				e.Addr4, e.Addr6 = addr32(families[0].addr(alice)), mapAddr(families[1].addr(alice))
+			})
+			r = h.expect("a reused address gets no previous owner's flow", actRedirect, toUplink, func() result {
+				return h.from(bob, packet.TCP(at(a, 40000), server, toGateway(bob), packet.Flags("A")))
+			})
+			r = h.uplink(packet.TCP(server, at(f.host, h.outer(f, alice, 40000, server.Addr(), 443)), fromOutside, packet.Flags("A")))
+			same(t, "the answer goes to the new owner", packet.TCP(server, at(a, 40000), routedTo(bob), packet.TTL(63), packet.Flags("A")), r.out)
+			h.setEndpoint(alice, func(e *bpf.DatapathEndpoint) { e.Sandbox = places[alice].sandbox })
+			h.setEndpoint(bob, func(e *bpf.DatapathEndpoint) {
+				e.Addr4, e.Addr6 = addr32(families[0].addr(bob)), mapAddr(families[1].addr(bob))
+			})
+		})
+	})
+}
+
+// sweep runs expire or purge.
+func (h *host) sweep(program string) bpf.DatapathExpireArgs {
+	h.t.Helper()
+	var args bpf.DatapathExpireArgs
+	_, err := h.coll.Programs[program].Run(&ebpf.RunOptions{Context: args, ContextOut: &args})
+	require.NoError(h.t, err)
+	return args
+}
+
+// A full table loses new flows under their own reason, never a live one, and recovers.
+func TestTableFull(t *testing.T) {
+	const entries = 64
+	h := newHost(t, entries)
+	forFamilies(t, func(t *testing.T, f family) {
+		h.t = t
+		h.reset()
+		a := f.addr(alice)
+		open := func(i int) []byte {
+			return packet.UDP(at(a, uint16(1000+i)), at(f.addr(bob), 53), toNeighbour(alice, bob))
+		}
+		for i := range entries / 2 {
+			h.expect("fits", actRedirect, toContainer, func() result { return h.from(alice, open(i)) })
+		}
+		require.Equal(t, entries, h.entries(f))
+		h.drops("one too many", tableFull, "container", func() result { return h.from(alice, open(entries)) })
+		for i := range entries / 2 {
+			h.expect("still there", actRedirect, toContainer, func() result { return h.from(alice, open(i)) })
+		}
+		h.expect("the host is reached without an entry", actPass, toStack, func() result {
+			return h.from(alice, packet.UDP(at(a, 9), at(f.host, 53), toGateway(alice)))
+		})
+		require.EqualValues(t, entries, h.gauge()[f.index()])
+		h.age(timeout/16 + 1)
+		args := h.sweep("expire")
+		require.NotZero(t, args.Deleted[f.index()], "timeouts are short when the table is full")
+		h.sweep("expire") // an entry may be passed over where its neighbour was deleted
+		require.Zero(t, h.entries(f))
+		require.Zero(t, h.gauge()[f.index()])
+		h.expect("room again", actRedirect, toContainer, func() result { return h.from(alice, open(entries)) })
+	})
+}
+
+// Both entries of an IPv4 flow cost at most 288 bytes of kernel memory in a table of a power of two,
+// beside the few kilobytes that the map itself takes.
+func TestFlowMemory(t *testing.T) {
+	const entries = 1 << 15
+	h := newHost(t, entries)
+	file, err := os.Open(fmt.Sprintf("/proc/self/fdinfo/%d", h.coll.Maps["flows4"].FD()))
+	require.NoError(t, err)
+	defer file.Close()
+	lines := bufio.NewScanner(file)
+	for lines.Scan() {
+		value, ok := strings.CutPrefix(lines.Text(), "memlock:")
+		if !ok {
+			continue
+		}
+		memlock, err := strconv.Atoi(strings.TrimSpace(value))
+		require.NoError(t, err)
+		require.LessOrEqual(t, 2*memlock/entries, 288)
+		return
+	}
+	t.Fatal("no memlock in the map's fdinfo")
+}
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+// The programs' sizes, so that a change that doubles one shows.
+func TestInstructions(t *testing.T) {
+	var out strings.Builder
+	for _, object := range []struct {
+		name string
+		load func() (*ebpf.CollectionSpec, error)
+	}{{"datapath", bpf.LoadDatapath}, {"sock", bpf.LoadSock}} {
+		spec, err := object.load()
+		require.NoError(t, err)
+		size := make(map[string]int)
+		for _, program := range spec.Programs {
+			// The functions that a program calls follow it.
+			counted := make(map[string]int)
+			name := ""
+			for _, ins := range program.Instructions {
+				if symbol := ins.Symbol(); symbol != "" {
+					name = symbol
+				}
+				counted[name] += int(ins.Size() / asm.InstructionSize)
+			}
+			maps.Copy(size, counted)
+		}
+		for _, name := range slices.Sorted(maps.Keys(size)) {
+			fmt.Fprintf(&out, "%s %s %d\n", object.name, name, size[name])
+		}
+	}
+	golden := filepath.Join("testdata", "instructions.golden")
+	if *update {
+		require.NoError(t, os.WriteFile(golden, []byte(out.String()), 0o644))
+	}
+	want, err := os.ReadFile(golden)
+	require.NoError(t, err)
+	require.Equal(t, string(want), out.String(), "if that is meant: go test ./bpf -run TestInstructions -update")
+}
+
+// What must hold of masquerading whatever the containers send.
+func TestMasqueradeProperties(t *testing.T) {
+	flows := 10_000
+	if os.Getenv("BPFNET_FULL") == "1" {
+		flows = 100_000
+	}
+	table := uint32(1)
+	for table < uint32(4*flows) {
+		table *= 2
+	}
+	h := newHost(t, table)
+	const first, count = 20000, 12000
+	h.setSNAT(first, count)
+	// Whatever the table could hold, no timeout is shortened and nothing is taken over.
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+
+	// Sockets of the host on some of the ports: wildcard, bound to the address, of both families.
+	taken := make(map[string]map[uint16]bool)
+	for _, network := range []string{"udp", "tcp"} {
+		taken[network] = make(map[uint16]bool)
+		for range 300 {
+			port := uint16(first + random.IntN(count))
+			h.do(func() {
+				switch network {
+				case "udp":
+					c, err := net.ListenPacket(network, fmt.Sprintf(":%d", port))
+					if err == nil {
+						taken[network][port] = true
+						t.Cleanup(func() { c.Close() })
+					}
+				case "tcp":
+					c, err := net.Listen(network, fmt.Sprintf(":%d", port))
+					if err == nil {
+						taken[network][port] = true
+						t.Cleanup(func() { c.Close() })
+					}
+				}
+			})
+		}
+		require.NotEmpty(t, taken[network])
+	}
+
+	type inner struct {
+		family int
+		udp    bool
+		slot   int
+		port   uint16
+	}
+	type outer struct {
+		family int
+		udp    bool
+		dst    netip.AddrPort
+		host   netip.Addr
+		port   uint16
+	}
+	type flow struct {
+		inner
+		dst netip.AddrPort
+	}
+	reverse := make(map[outer]flow)
+	seen := make(map[flow]uint16)
+	mapping := make(map[inner]map[uint16]int)
+	exhausted := 0
+	for range flows {
+		i := random.IntN(2)
+		f := families[i]
+		w := flow{inner: inner{family: i, udp: random.IntN(2) == 0, slot: []int{alice, bob, carol, quinn}[random.IntN(4)], port: uint16(1024 + random.IntN(3000))}}
+		// Few destinations, so that flows meet there.
+		w.dst = at([]netip.Addr{f.client, f.client2, f.foreign}[random.IntN(3)], uint16(80+random.IntN(3)))
+		make, network := packet.TCP, "tcp"
+		if w.udp {
+			make, network = packet.UDP, "udp"
+		}
+		r := h.from(w.slot, make(at(f.addr(w.slot), w.port), w.dst, toGateway(w.slot)))
+		if r.action == actShot {
+			exhausted++
+			continue
+		}
+		require.EqualValues(t, actRedirect, r.action)
+		right(t, "masqueraded", r.out)
+		port, dport := ports(r.out)
+		require.Equal(t, w.dst.Port(), dport)
+		require.True(t, port >= first && port < first+count, "port %d is not one for masquerading", port)
+		require.False(t, taken[network][port], "%s port %d is a host socket's", network, port)
+		k := outer{family: i, udp: w.udp, dst: w.dst, host: f.host, port: port}
+		if old, ok := reverse[k]; ok {
+			require.Equal(t, old, w, "two flows share an outer tuple")
+		}
+		reverse[k] = w
+		if old, ok := seen[w]; ok {
+			require.Equal(t, old, port, "a flow changed its outer port")
+		} else {
+			seen[w] = port
+			if mapping[w.inner] == nil {
+				mapping[w.inner] = map[uint16]int{}
+			}
+			mapping[w.inner][port]++
+		}
+	}
+	same, more := 0, 0
+	for _, ports := range mapping {
+		n := 0
+		for _, c := range ports {
+			n += c
+		}
+		if n > 1 {
+			more++
+			if len(ports) == 1 {
+				same++
+			}
+		}
+	}
+	t.Logf("%d flows, %d senders with several, %d of them with one outer port, %d found no port", len(seen), more, same, exhausted)
+	require.Less(t, exhausted*1000, flows, "no port found, though half of them are free")
+	require.EqualValues(t, 2*len(seen), h.gauge()[0]+h.gauge()[1])
+	// Only where another flow or a socket holds the first candidate may it differ.
+	require.Greater(t, same*10, more*5)
+}
+
+// The same socket to two destinations, nothing in the way: one outer port, always.
+func TestEndpointIndependentMapping(t *testing.T) {
+	h := newHost(t, 1024)
+	forFamilies(t, func(t *testing.T, f family) {
+		for port := range uint16(100) {
+			h.t = t
+			h.reset()
+			outer := make(map[uint16]bool)
+			for _, dst := range []netip.AddrPort{at(f.client, 1), at(f.client2, 2), at(f.foreign, 3), at(f.client, 4)} {
+				out, _ := ports(h.from(alice, packet.UDP(at(f.addr(alice), 1024+port), dst, toGateway(alice))).out)
+				outer[out] = true
+			}
+			require.Len(t, outer, 1)
+			require.NotContains(t, outer, uint16(snatHole))
+		}
+	})
 }
