@@ -49,6 +49,25 @@ func ensureBPFFS(dir string) error {
 	return nil
 }
 
+// ErrLocked says that another process holds the pins.
+var ErrLocked = errors.New("in use by another bpfnet")
+
+// lockDir takes the pin directory until the file is closed.
+func lockDir(dir string) (*os.File, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open pin directory: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("pin directory %s: %w; stop that one, or give this one pins of its own with --bpffs", dir, ErrLocked)
+		}
+		return nil, fmt.Errorf("lock pin directory %s: %w", dir, err)
+	}
+	return f, nil
+}
+
 // chooseAttach reports whether to use tcx.
 func chooseAttach(want string, classifier Classifier) (bool, error) {
 	switch want {

@@ -61,6 +61,7 @@ type Loader struct {
 	mu      sync.Mutex
 	links   map[string]link.Link
 	filters map[string]Attachment
+	lock    *os.File // of the pin directory
 }
 
 // Attachment is one program on one device or cgroup.
@@ -105,14 +106,20 @@ func Load(opts Options) (*Loader, error) {
 			return nil, fmt.Errorf("make pin directory: %w", err)
 		}
 	}
-	tcx, err := chooseAttach(opts.Attach, opts.Classifier)
+	lock, err := lockDir(opts.BPFFS)
 	if err != nil {
 		return nil, err
 	}
-	l := &Loader{opts: opts, tcx: tcx, links: make(map[string]link.Link), filters: make(map[string]Attachment)}
+	tcx, err := chooseAttach(opts.Attach, opts.Classifier)
+	if err != nil {
+		lock.Close()
+		return nil, err
+	}
+	l := &Loader{lock: lock, opts: opts, tcx: tcx, links: make(map[string]link.Link), filters: make(map[string]Attachment)}
 
 	spec, err := bpf.LoadDatapath()
 	if err != nil {
+		l.Close()
 		return nil, fmt.Errorf("read the data path object: %w", err)
 	}
 	size := l.flowEntries()
@@ -120,6 +127,7 @@ func Load(opts Options) (*Loader, error) {
 	spec.Maps["flows6"].MaxEntries = size / 2
 	l.tc, err = l.load(spec)
 	if err != nil {
+		l.Close()
 		return nil, err
 	}
 	spec, err = bpf.LoadSock()
@@ -232,6 +240,7 @@ func (l *Loader) Close() {
 	if l.tc != nil {
 		l.tc.Close()
 	}
+	l.lock.Close()
 	if l.sock != nil {
 		l.sock.Close()
 	}

@@ -151,6 +151,19 @@ func TestLoadRefuses(t *testing.T) {
 	require.ErrorContains(t, err, `attach "xdp": unknown; use tcx or clsact`)
 }
 
+// Needs root. Two instances on the same pins would write each other's maps.
+func TestPinsHaveOneOwner(t *testing.T) {
+	paths := loader.Paths{BPFFS: lab.BPFFS(t)}
+	first := load(t, loader.Options{Paths: paths})
+	_, err := loader.Load(loader.Options{Paths: paths, Classifier: netdev.Clsact{}})
+	require.ErrorIs(t, err, loader.ErrLocked)
+	require.ErrorContains(t, err, "--bpffs")
+	first.Close()
+	load(t, loader.Options{Paths: paths}).Close()
+	require.NoError(t, loader.Cleanup(paths, nil))
+	require.NoError(t, os.MkdirAll(paths.BPFFS, 0o700))
+}
+
 // Needs root. Nothing is left of an expiry and a purge of empty tables, and both say so.
 func TestSweep(t *testing.T) {
 	paths := loader.Paths{BPFFS: lab.BPFFS(t)}

@@ -50,10 +50,10 @@ func Open(bpffs string) (*Maps, error) {
 		}
 		out.m[e.Name()] = m
 	}
-	for name := range spec().Maps {
-		if _, ok := out.m[name]; !ok && spec().Maps[name].Pinning == ebpf.PinByName {
+	for name, m := range spec().Maps {
+		if _, ok := out.m[name]; !ok && m.Pinning == ebpf.PinByName {
 			out.Close()
-			return nil, fmt.Errorf("open maps below %s: %s is missing: %w", bpffs, name, ErrNotLoaded)
+			return nil, fmt.Errorf("open maps below %s: they are another version's (no %s); restart the daemon", bpffs, name)
 		}
 	}
 	return out, nil

@@ -85,7 +85,7 @@ static __always_inline __u8 port_bit(__u8 proto)
 	return 0;
 }
 
-/* The published port that the packet dials, of its own family: exact address first, then any. */
+/* The published port that the packet dials: exact address first, then any. */
 static __always_inline struct port *port_find(const struct packet *p, const bool v6)
 {
 	struct port_key k = { .addr = p->daddr, .port = p->dport, .proto = p->proto };
@@ -100,9 +100,13 @@ static __always_inline struct port *port_find(const struct packet *p, const bool
 		}
 		port = bpf_map_lookup_elem(&ports, &k);
 	}
-	if (port && addr_is_v4(&port->addr) == v6)
-		return NULL;
 	return port;
+}
+
+/* Whether packets can be sent there: not from IPv6 to a container without; docker-proxy may. */
+static __always_inline bool port_serves(const struct port *port, const bool v6)
+{
+	return addr_is_v4(&port->addr) != v6;
 }
 
 /*
@@ -309,7 +313,8 @@ static __always_inline void plan_start(struct plan *n, const struct packet *p)
 }
 
 /* Has the container see its gateway as the sender, as docker-proxy would. 0 or -REASON. */
-static __always_inline int plan_from_gateway(struct plan *n, const struct network *net, const bool v6)
+static __always_inline int plan_from_gateway(struct plan *n, const struct network *net,
+					     const bool v6)
 {
 	if (v6 ? addr_is_zero(&net->gateway6) : !net->gateway4)
 		return -REASON_NO_ROUTE;

@@ -35,6 +35,8 @@ static __always_inline int uplink_slow(struct __sk_buff *skb, struct scratch *s,
 		return PASS;
 	if (class->ports[port_index(p->dport)] & port_bit(p->proto))
 		port = port_find(p, v6);
+	if (port && !port_serves(port, v6))
+		return PASS;
 	if (!port && !port_reserved(p, cfg, class))
 		return PASS;
 	if (p->hook == HOOK_UPLINK) {
