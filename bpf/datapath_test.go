@@ -326,6 +326,9 @@ func TestMasquerade(t *testing.T) {
 			same(t, "back", packet.ICMPEchoReply(server, a, 0x4321, 1, routedTo(alice), packet.TTL(63), data), r.out)
 			r = h.from(bob, packet.ICMPEcho(f.addr(bob), server, 0x4321, 1, toGateway(bob)))
 			require.NotEqual(t, id, echoID(r.out), "two senders with one identifier")
+			h.drops("a reply that nobody asked for, to catch the host's requests", noFlow, "container", func() result {
+				return h.from(alice, packet.ICMPEchoReply(a, server, 9, 1, toGateway(alice)))
+			})
 			h.expect("a request to the host with that identifier", actPass, "", func() result {
 				return h.uplink(packet.ICMPEcho(server, f.host, id, 1, fromOutside))
 			})
@@ -654,6 +657,10 @@ func TestLink(t *testing.T) {
 		h.fromCase("ND into another network", alice, nd(135, a, f6.addr(carol), f6.addr(carol), 255, toGateway(alice)), actShot, dropped(isolated, "container"), nil),
 		h.fromCase("ND out of an internal network", ian, nd(135, f6.addr(ian), f6.foreign, f6.foreign, 255, toGateway(ian)), actShot, dropped(internalNet, "container"), nil),
 		h.fromCase("ND that was routed is none", alice, nd(135, a, b, b, 254, toNeighbour(alice, bob)), actRedirect, toContainer, nil),
+		h.fromCase("ND to the host-side interface", ian, nd(135, f6.addr(ian), f6.foreign, f6.foreign, 255, packet.MAC(macOf(ian), hostEndMAC)), actPass, toBridge, nil),
+		h.fromCase("ND to a neighbour before it is ready", late, nd(135, f6.addr(late), f6.addr(carol), f6.addr(carol), 255, toGateway(late)), actShot, dropped(notReady, "container"), nil),
+		h.fromCase("IPv4 in IPv6's clothes, source", alice, packet.UDP(at(asMapped(f4.addr(alice)), 1), at(b, 2), toNeighbour(alice, bob)), actShot, dropped(malformed, "container"), nil),
+		h.fromCase("IPv4 in IPv6's clothes, destination", alice, packet.UDP(at(a, 1), at(asMapped(f4.addr(bob)), 2), toNeighbour(alice, bob)), actShot, dropped(malformed, "container"), nil),
 		h.fromCase("MLD report", alice, nd(131, linkLocal, group, group, 1, toGroup), actPass, toBridge, nil),
 		h.uplinkCase("ND to a container", nd(135, f6.client, a, a, 255, fromOutside), actShot, dropped(directAccess, "uplink"), nil),
 		h.uplinkCase("ND to the host", nd(135, f6.client, f6.host, f6.host, 255, fromOutside), actPass, "", nil),
@@ -687,6 +694,8 @@ func TestLink(t *testing.T) {
 		h.fromCase("LLDP before it is ready", late, lldp, actShot, dropped(notReady, "container"), nil),
 	})
 }
+
+func asMapped(a netip.Addr) netip.Addr { return netip.AddrFrom16(a.As16()) }
 
 // addToSum adds to the checksum field at off what makes up for a changed byte.
 func addToSum(frame []byte, off int, d uint16) []byte {
@@ -757,6 +766,10 @@ func TestICMPErrors(t *testing.T) {
 					return h.from(alice, packet.ICMPError(a, f.client2, f.unreach, 3, inner(server, at(a, 40000)), toGateway(alice)))
 				})
 				same(t, "the container's own", packet.ICMPError(f.host, f.client2, f.unreach, 3, inner(server, outer), toGateway(alice), packet.TTL(63)), r.out)
+				h.bump()
+				h.expect("the same after a change of policy", actRedirect, toUplink, func() result {
+					return h.from(alice, packet.ICMPError(a, f.client2, f.unreach, 3, inner(server, at(a, 40000)), toGateway(alice)))
+				})
 				h.drops("a neighbour's error about it", noFlow, "container", func() result {
 					return h.from(bob, packet.ICMPError(f.addr(bob), f.client2, f.unreach, 3, inner(server, at(a, 40000)), toGateway(bob)))
 				})
@@ -1199,6 +1212,14 @@ func TestFlowLife(t *testing.T) {
 			require.Zero(t, h.entries(f))
 			require.Zero(t, h.gauge()[f.index()])
 			h.put("pairs", bpf.DatapathPair{A: netOne, B: netRouted}, uint8(1))
+			h.from(alice, toPeggy)
+			require.NoError(t, h.coll.Maps["pairs"].Delete(bpf.DatapathPair{A: netOne, B: netRouted}))
+			h.bump()
+			h.drops("errors about it are disallowed too", isolated, "container", func() result {
+				return h.from(peggy, packet.ICMPError(f.addr(peggy), a, f.unreach, 3, toPeggy, toGateway(peggy)))
+			})
+			h.put("pairs", bpf.DatapathPair{A: netOne, B: netRouted}, uint8(1))
+			h.reset()
 
 			peer := packet.TCP(at(a, 1), at(b, 2), toNeighbour(alice, bob))
 			h.from(alice, peer)

@@ -89,13 +89,10 @@ static __always_inline int container_l2(struct __sk_buff *skb, struct scratch *s
 
 	if (net->flags & NETWORK_NO_ICC)
 		return drop_from(skb, slot, REASON_ICC_DISABLED);
-	/*
-	 * A neighbour that routes for it, or errors and lost fragments: the bridge knows the way. No
-	 * mark: what reaches the host under another MAC than the gateway's stops at from_bridge.
-	 */
+	/* A neighbour that routes for it, or errors and lost fragments: the bridge knows the way. */
 	if (!peer || peer->net != ep->net || !mac_equal(p->dmac, peer->mac) ||
 	    p->flags & (PACKET_ICMP_ERROR | PACKET_PORTS_LOST))
-		return let_go(skb, HOOK_CONTAINER, FATE_BRIDGE, PASS);
+		return to_neighbours(skb);
 	if (!(peer->flags & ENDPOINT_READY))
 		return drop_from(skb, slot, REASON_NOT_READY);
 	err = plan_between(s, slot, ep, net, peer_slot, peer, true);
@@ -132,6 +129,9 @@ static __always_inline int container_egress(struct __sk_buff *skb, struct scratc
 	if (masquerade && (v6 ? addr_is_zero(&s->route.source) : !s->route.source.w[3]))
 		return drop_from(skb, slot, REASON_NO_ROUTE);
 	if (p->tcp_flags & TCP_RST)
+		return drop_from(skb, slot, REASON_NO_FLOW);
+	/* An echo reply that nobody asked for: its answers would be the host's echo requests. */
+	if (masquerade && p->dport && p->proto == (v6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP))
 		return drop_from(skb, slot, REASON_NO_FLOW);
 	n->reverse_hook = HOOK_UPLINK;
 	if (masquerade) {
@@ -205,20 +205,20 @@ static __always_inline int flow_renew(struct __sk_buff *skb, struct flow *f, str
 	return 1;
 }
 
-/* Whether a container's ICMP error is about a flow of its own sandbox. */
-static __always_inline bool container_quotes_flow(struct __sk_buff *skb, struct scratch *s,
-						  const struct endpoint *ep, const bool v6)
+/* The flow of its own sandbox that a container's ICMP error is about, or NULL. */
+static __always_inline struct flow *container_quoted_flow(struct __sk_buff *skb, struct scratch *s,
+							  const struct endpoint *ep, const bool v6)
 {
 	struct endpoint *owner;
 	struct flow *f;
 
 	if (parse_quoted(skb, s, v6))
-		return false;
+		return NULL;
 	f = quoted_flow(s, HOOK_CONTAINER, v6);
 	if (!f || !flow_out(f))
-		return false;
+		return NULL;
 	owner = endpoint_get(f->endpoint);
-	return owner && owner->sandbox == ep->sandbox;
+	return owner && owner->sandbox == ep->sandbox ? f : NULL;
 }
 
 /* The first packet of a flow, or one that needs another look. A verdict. */
@@ -229,12 +229,14 @@ static __always_inline int container_slow(struct __sk_buff *skb, struct scratch 
 	struct port_class *class = bpf_map_lookup_elem(&port_class, &zero);
 	struct config *cfg = config_get();
 	struct packet *p = &s->packet;
+	bool error = p->flags & PACKET_ICMP_ERROR;
 	struct network *net;
-	struct flow *f;
+	struct flow *f = NULL;
 	int err;
 
 	if (!ep) {
-		if (p->flags & PACKET_NEIGHBOUR)
+		if (p->flags & PACKET_NEIGHBOUR &&
+		    (addr_is_multicast(&p->daddr, v6) || addr_is_link_local(&p->daddr, v6)))
 			return to_bridge(skb);
 		return drop_from(skb, slot, REASON_NOT_READY);
 	}
@@ -261,11 +263,12 @@ static __always_inline int container_slow(struct __sk_buff *skb, struct scratch 
 			     !owns_address(ep, slot, &target, v6)))
 				return drop_from(skb, slot, REASON_SPOOFED_ADDRESS);
 		}
-		/* The host would route the rest, isolated or not. */
-		if (!mac_equal(p->dmac, net->mac) || addr_is_multicast(&p->daddr, v6) ||
-		    addr_is_link_local(&p->daddr, v6) ||
+		if (addr_is_multicast(&p->daddr, v6) || addr_is_link_local(&p->daddr, v6) ||
 		    bpf_map_lookup_elem(&host_addrs, &p->daddr))
 			return to_bridge(skb);
+		if (!mac_equal(p->dmac, net->mac))
+			return to_neighbours(skb);
+		/* The rest is for the gateway to route: judged like any other packet. */
 	}
 	if (p->dmac[0] & 1 || addr_is_multicast(&p->daddr, v6))
 		return to_bridge(skb);
@@ -274,24 +277,23 @@ static __always_inline int container_slow(struct __sk_buff *skb, struct scratch 
 			return drop_from(skb, slot, REASON_ICC_DISABLED);
 		return to_bridge(skb);
 	}
-	if (p->flags & PACKET_ICMP_ERROR) {
-		if (container_quotes_flow(skb, s, ep, v6))
-			return VERDICT_ERROR;
-	} else if (!(p->flags & PACKET_PORTS_LOST)) {
+	if (error)
+		f = container_quoted_flow(skb, s, ep, v6);
+	else if (!(p->flags & PACKET_PORTS_LOST))
 		f = flow_find(p, HOOK_CONTAINER, v6);
-		if (f) {
-			struct endpoint *owner = endpoint_get(f->endpoint);
+	if (f) {
+		struct endpoint *owner = endpoint_get(f->endpoint);
 
-			err = 1;
-			if (f->generation != (__u16)cfg->generation || !owner ||
-			    owner->sandbox != ep->sandbox)
-				err = flow_renew(skb, f, s, cfg, ep, net, v6);
-			if (err == 1)
-				return VERDICT_FORWARD;
+		err = 1;
+		if (f->generation != (__u16)cfg->generation || !owner ||
+		    owner->sandbox != ep->sandbox)
+			err = flow_renew(skb, f, s, cfg, ep, net, v6);
+		if (err == 1)
+			return error ? VERDICT_ERROR : VERDICT_FORWARD;
+		if (!error) /* its flow is left to the flow's own packets */
 			flow_forget(p, HOOK_CONTAINER, f, v6);
-			if (err)
-				return drop_from(skb, slot, -err);
-		}
+		if (err)
+			return drop_from(skb, slot, -err);
 	}
 	if (!mac_equal(p->dmac, net->mac))
 		return container_l2(skb, s, slot, ep, net);

@@ -27,6 +27,15 @@ static __always_inline int to_bridge(struct __sk_buff *skb)
 	return let_go(skb, HOOK_CONTAINER, FATE_BRIDGE, PASS);
 }
 
+/*
+ * To the bridge's other ports only. No mark: what reaches the host under another MAC than the
+ * gateway's, such as that of the host-side interface, stops at from_bridge.
+ */
+static __always_inline int to_neighbours(struct __sk_buff *skb)
+{
+	return let_go(skb, HOOK_CONTAINER, FATE_BRIDGE, PASS);
+}
+
 /* Bytes of the IP packet, or of the largest one that a GSO packet is cut into. */
 static __always_inline __u32 network_size(const struct __sk_buff *skb, const struct packet *p)
 {

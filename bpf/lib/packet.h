@@ -330,6 +330,9 @@ static __always_inline int parse_v6(struct __sk_buff *skb, struct packet *p)
 		return -REASON_MALFORMED;
 	__builtin_memcpy(&p->saddr, &ip->saddr, sizeof(p->saddr));
 	__builtin_memcpy(&p->daddr, &ip->daddr, sizeof(p->daddr));
+	/* IPv4 addresses in this form are ours; nobody may send them (RFC 4942 2.2). */
+	if (addr_is_v4(&p->saddr) || addr_is_v4(&p->daddr))
+		return -REASON_MALFORMED;
 	p->flags |= PACKET_DONT_FRAGMENT;
 	p->ttl = ip->hop_limit;
 	next = ip->nexthdr;
