@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package vm_test boots kernels older than this machine's under emulation and has bpfnet carry real
+// packets there. See guest for what is checked.
+package vm_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"debug/elf"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/bpfnet/bpfnet/internal/lab"
+)
+
+func TestMain(m *testing.M) { lab.Main(m) }
+
+// bootTimeout bounds one machine from power-on to power-off: several times what it needs.
+const bootTimeout = 120 * time.Second
+
+// modules are what Debian's kernels do not have built in; what these need comes with them.
+var modules = []string{"bridge", "veth", "sch_ingress", "cls_bpf"}
+
+// Needs qemu, and apt for its first run with a kernel: it is kept in the user's cache directory.
+func TestOlderKernels(t *testing.T) {
+	if runtime.GOARCH != "amd64" {
+		unable(t, "the kernels are of amd64")
+	}
+	for _, tool := range []string{"qemu-system-x86_64", "apt-get", "apt-cache", "dpkg-deb", "xz"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			unable(t, "%v (scripts/deps.sh test)", err)
+		}
+	}
+	guest := filepath.Join(t.TempDir(), "guest")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", guest, "./guest")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	out, err := build.CombinedOutput()
+	require.NoError(t, err, "%s", out)
+
+	for _, k := range []struct {
+		version string
+		pkg     string // whose dependency the newest image of that version is
+		attach  string
+	}{
+		{"6.1", "linux-image-cloud-amd64", "clsact"}, // tcx is of 6.6
+		{"6.12", "linux-image-6.12-cloud-amd64", "tcx"},
+	} {
+		t.Run(k.version, func(t *testing.T) {
+			t.Parallel()
+			kernel := fetch(t, k.pkg, k.version)
+			started := time.Now()
+			report(t, boot(t, kernel, guest, k.attach))
+			t.Logf("%s: %v", filepath.Base(kernel), time.Since(started).Round(time.Second/10))
+		})
+	}
+}
+
+// unable skips the test, or fails it where all tests must have run.
+func unable(t *testing.T, format string, args ...any) {
+	t.Helper()
+	if os.Getenv("CI") != "" || os.Getenv("BPFNET_FULL") != "" {
+		t.Fatalf(format, args...)
+	}
+	t.Skipf(format, args...)
+}
+
+func output(name string, args ...string) (string, error) {
+	var stderr bytes.Buffer
+	cmd := exec.Command(name, args...)
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("%s: %w: %s", strings.Join(cmd.Args, " "), err, strings.TrimSpace(stderr.String()))
+	}
+	return string(out), nil
+}
+
+var dependency = regexp.MustCompile(`(?m)^Depends: (linux-image-\S+) \(= (\S+)\)$`)
+
+// fetch returns the directory of an unpacked kernel package: the image that pkg depends on.
+func fetch(t *testing.T, pkg, version string) string {
+	t.Helper()
+	dir, err := newest(pkg, version)
+	if err != nil {
+		// The lists may be missing, or name what the mirror has no more.
+		if _, uerr := output("apt-get", "-q", "update"); uerr != nil {
+			unable(t, "no kernel %s: %v; %v", version, err, uerr)
+		}
+		if dir, err = newest(pkg, version); err != nil {
+			unable(t, "no kernel %s: %v", version, err)
+		}
+	}
+	return dir
+}
+
+func newest(pkg, version string) (string, error) {
+	info, err := output("apt-cache", "show", "--no-all-versions", pkg)
+	if err != nil {
+		return "", err
+	}
+	image := dependency.FindStringSubmatch(info)
+	if image == nil || !strings.HasPrefix(image[2], version+".") {
+		return "", fmt.Errorf("%s does not lead to a kernel %s:\n%s", pkg, version, info)
+	}
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return "", err
+	}
+	cache = filepath.Join(cache, "bpfnet", "kernels")
+	dir := filepath.Join(cache, image[1]+"_"+image[2])
+	if _, err := os.Stat(dir); err == nil {
+		return dir, nil
+	}
+	if err := os.MkdirAll(cache, 0o755); err != nil {
+		return "", err
+	}
+	// Whole or not at all.
+	work, err := os.MkdirTemp(cache, "fetch-")
+	if err != nil {
+		return "", err
+	}
+	defer os.RemoveAll(work)
+	download := exec.Command("apt-get", "-q", "download", image[1]+"="+image[2])
+	download.Dir = work
+	if out, err := download.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("download %s: %w: %s", image[1], err, out)
+	}
+	debs, err := filepath.Glob(filepath.Join(work, "*.deb"))
+	if err != nil || len(debs) != 1 {
+		return "", fmt.Errorf("download %s: %w, %d packages", image[1], err, len(debs))
+	}
+	root := filepath.Join(work, "root")
+	if _, err := output("dpkg-deb", "-x", debs[0], root); err != nil {
+		return "", err
+	}
+	older, err := filepath.Glob(filepath.Join(cache, "*_"+version+".*"))
+	if err != nil {
+		return "", err
+	}
+	for _, path := range older {
+		if err := os.RemoveAll(path); err != nil {
+			return "", err
+		}
+	}
+	return dir, os.Rename(root, dir)
+}
+
+// module is a kernel module, uncompressed, and its name in the initramfs.
+type module struct {
+	name string
+	body []byte
+}
+
+// resolve reads modules and what they depend on, in the order in which they can be loaded.
+func resolve(t *testing.T, kernel string, names []string) []module {
+	t.Helper()
+	files := make(map[string]string)
+	require.NoError(t, filepath.WalkDir(filepath.Join(kernel, "lib", "modules"), func(path string, _ fs.DirEntry, err error) error {
+		if name, _, ok := strings.Cut(filepath.Base(path), ".ko"); ok {
+			files[strings.ReplaceAll(name, "-", "_")] = path
+		}
+		return err
+	}))
+	var out []module
+	var add func(name string)
+	add = func(name string) {
+		if slices.ContainsFunc(out, func(m module) bool { return m.name == name+".ko" }) {
+			return
+		}
+		require.Contains(t, files, name, "module")
+		body, err := os.ReadFile(files[name])
+		require.NoError(t, err)
+		if strings.HasSuffix(files[name], ".xz") {
+			text, err := output("xz", "-dc", files[name])
+			require.NoError(t, err)
+			body = []byte(text)
+		}
+		for _, dep := range depends(t, body) {
+			add(dep)
+		}
+		out = append(out, module{name + ".ko", body})
+	}
+	for _, name := range names {
+		add(name)
+	}
+	return out
+}
+
+// depends are the modules that a module says it needs.
+func depends(t *testing.T, body []byte) []string {
+	t.Helper()
+	file, err := elf.NewFile(bytes.NewReader(body))
+	require.NoError(t, err)
+	info, err := file.Section(".modinfo").Data()
+	require.NoError(t, err)
+	for entry := range strings.SplitSeq(string(info), "\x00") {
+		if list, ok := strings.CutPrefix(entry, "depends="); ok && list != "" {
+			return strings.Split(list, ",")
+		}
+	}
+	return nil
+}
+
+// archive writes files into an initramfs: a cpio archive in the "newc" format.
+func archive(w io.Writer, files []module) error {
+	pad := func(n int) string { return strings.Repeat("\x00", -n&3) }
+	for i, f := range append(files, module{name: "TRAILER!!!"}) {
+		head := "070701"
+		for _, field := range []int{i + 1, 0o100755, 0, 0, 1, 0, len(f.body), 0, 0, 0, 0, len(f.name) + 1, 0} {
+			head += fmt.Sprintf("%08x", field)
+		}
+		head += f.name + "\x00"
+		if _, err := fmt.Fprintf(w, "%s%s%s%s", head, pad(len(head)), f.body, pad(len(f.body))); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// boot runs the guest under a kernel and returns what came out of the console.
+func boot(t *testing.T, kernel, guest, attach string) string {
+	t.Helper()
+	init, err := os.ReadFile(guest)
+	require.NoError(t, err)
+	mods := resolve(t, kernel, modules)
+	args := []string{"console=ttyS0", "quiet", "panic=-1", "--", attach}
+	for _, m := range mods {
+		args = append(args, m.name)
+	}
+	initramfs := filepath.Join(t.TempDir(), "initramfs")
+	file, err := os.Create(initramfs)
+	require.NoError(t, err)
+	defer file.Close()
+	require.NoError(t, archive(file, append([]module{{"init", init}}, mods...)))
+	images, err := filepath.Glob(filepath.Join(kernel, "boot", "vmlinuz-*"))
+	require.NoError(t, err)
+	require.Len(t, images, 1)
+
+	ctx, cancel := context.WithTimeout(context.Background(), bootTimeout)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", // -cpu max: one with random numbers
+		"-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1024",
+		"-nic", "none", "-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot",
+		"-kernel", images[0], "-initrd", initramfs, "-append", strings.Join(args, " "))
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Errorf("qemu: %v (%v)", err, ctx.Err())
+	}
+	return strings.ReplaceAll(string(out), "\r", "")
+}
+
+// report makes subtests of the guest's lines.
+func report(t *testing.T, console string) {
+	t.Helper()
+	checks, last := 0, ""
+	lines := bufio.NewScanner(strings.NewReader(console))
+	for lines.Scan() {
+		line := lines.Text()
+		if strings.HasPrefix(line, "GUEST DONE") {
+			last = line
+		}
+		if name, ok := strings.CutPrefix(line, "ok "); ok {
+			checks++
+			t.Run(name, func(*testing.T) {})
+		} else if text, ok := strings.CutPrefix(line, "FAIL "); ok {
+			checks++
+			name, why, _ := strings.Cut(text, ": ")
+			t.Run(name, func(t *testing.T) { t.Error(why) })
+		}
+	}
+	if t.Failed() || last != fmt.Sprintf("GUEST DONE %d", checks) {
+		t.Errorf("the guest told of %d checks and ended with %q; its console:\n%s", checks, last, console)
+	}
+}
