@@ -43,8 +43,8 @@ static __always_inline int parse_quoted(struct __sk_buff *skb, struct scratch *s
 	} else {
 		struct iphdr ip;
 
-		if (load_data(skb, p, in->l3, &ip, sizeof(ip)) || ip.version != 4 ||
-		    ip.ihl < 5 || ip.frag_off & bpf_htons(IP_FRAGMENT_OFFSET))
+		if (load_data(skb, p, in->l3, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5 ||
+		    ip.frag_off & bpf_htons(IP_FRAGMENT_OFFSET))
 			return -1;
 		addr_from_v4(&q->saddr, ip.saddr);
 		addr_from_v4(&q->daddr, ip.daddr);
@@ -60,8 +60,7 @@ static __always_inline int parse_quoted(struct __sk_buff *skb, struct scratch *s
 		q->sport = ports[0];
 		q->dport = ports[1];
 	} else if (q->proto == (v6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP)) {
-		if (load_data(skb, p, in->l4, &type, 1) ||
-		    load_data(skb, p, in->l4 + 4, ports, 2))
+		if (load_data(skb, p, in->l4, &type, 1) || load_data(skb, p, in->l4 + 4, ports, 2))
 			return -1;
 		if (type == (v6 ? ICMPV6_ECHO_REQUEST : ICMP_ECHO))
 			q->sport = ports[0];
