@@ -1504,3 +1504,40 @@ func TestEndpointIndependentMapping(t *testing.T) {
 		}
 	})
 }
+
+// Echo requests and tunnels of the host's own have no socket that could be looked up: it claims their
+// tuples by sending, also from a container.
+func TestHostClaimsTuples(t *testing.T) {
+	h := newHost(t, 1024)
+	forFamilies(t, func(t *testing.T, f family) {
+		h.t = t
+		h.reset()
+		server := f.client2
+		ping := func() uint16 {
+			return echoID(h.expect("container pings", actRedirect, toUplink, func() result {
+				return h.from(alice, packet.ICMPEcho(f.addr(alice), server, 0x4321, 1, toGateway(alice)))
+			}).out)
+		}
+		hostSends := func(frame []byte) {
+			h.expect("host sends", actPass, "", func() result {
+				return h.run("to_uplink", frame, skb{Ifindex: uint32(h.up)})
+			})
+		}
+		id := ping()
+		answer := packet.ICMPEchoReply(server, f.host, id, 1, fromOutside)
+		h.expect("the container's answer", actRedirect, published, func() result { return h.uplink(answer) })
+		before := h.entries(f)
+		hostSends(packet.ICMPEchoReply(f.host, server, 77, 1, packet.MAC(upMAC, outsideMAC)))
+		require.Equal(t, before, h.entries(f), "a reply claims nothing: anybody could have asked for it")
+
+		hostSends(packet.ICMPEcho(f.host, server, id, 1, packet.MAC(upMAC, outsideMAC)))
+		h.expect("now the host's", actPass, "fate stack uplink", func() result { return h.uplink(answer) })
+		require.NotEqual(t, id, ping(), "held by the host")
+		h.expect("still the host's", actPass, "fate stack uplink", func() result { return h.uplink(answer) })
+
+		h.age(timeout + 1)
+		h.sweep("expire")
+		require.Zero(t, h.entries(f))
+		require.Zero(t, h.gauge()[f.index()])
+	})
+}

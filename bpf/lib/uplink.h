@@ -137,15 +137,66 @@ static __always_inline int from_uplink_frame(struct __sk_buff *skb, __u8 hook, c
 }
 
 /*
- * An error that the stack answered about a packet which it saw translated gets the addresses back
- * that its receiver knows. 0, or it is spoiled.
+ * What the host itself sends and no socket lookup can tell of (echo requests, GRE, ESP) claims its
+ * tuple: the answers are the host's, even where a container had taken it.
  */
-static __always_inline int restore_error_of(struct __sk_buff *skb, struct scratch *s, const bool v6)
+static __always_inline void claim_tuple(struct scratch *s, const bool v6)
+{
+	const struct packet *p = &s->packet;
+	struct config *cfg = config_get();
+	struct flow *f;
+	void *key, *value;
+
+	if (!cfg || addr_is_multicast(&p->daddr, v6))
+		return;
+	if (v6) {
+		flow_key6(&s->key6, &p->daddr, &p->saddr, p->dport, p->sport, p->proto,
+			  HOOK_UPLINK);
+		__builtin_memset(&s->flow6, 0, sizeof(s->flow6));
+		key = &s->key6;
+		value = &s->flow6;
+	} else {
+		flow_key4(&s->key4, &p->daddr, &p->saddr, p->dport, p->sport, p->proto,
+			  HOOK_UPLINK);
+		__builtin_memset(&s->flow4, 0, sizeof(s->flow4));
+		key = &s->key4;
+		value = &s->flow4;
+	}
+	f = bpf_map_lookup_elem(flow_table(v6), key);
+	if (f && !flow_out(f)) {
+		f->last_seen = ticks();
+		return;
+	}
+	if (f)
+		flow_delete_pair(key, f, v6);
+	f = value;
+	f->first_seen = ticks();
+	f->last_seen = f->first_seen;
+	f->generation = cfg->generation;
+	f->flags = FLOW_ORIGIN;
+	if (!bpf_map_update_elem(flow_table(v6), key, value, BPF_NOEXIST))
+		gauge_add(v6, 1);
+	gc_kick(cfg, v6);
+}
+
+/*
+ * What the stack sends by itself that is neither TCP nor UDP. An error about a packet that it saw
+ * translated gets the addresses back that its receiver knows. 0, or it is spoiled.
+ */
+static __always_inline int host_sends_of(struct __sk_buff *skb, struct scratch *s, const bool v6)
 {
 	struct packet *p = &s->packet;
 	struct flow *f;
 
-	if (parse_ip(skb, p, v6) < 0 || !(p->flags & PACKET_ICMP_ERROR) || parse_quoted(skb, s, v6))
+	if (parse_ip(skb, p, v6) < 0 || p->flags & (PACKET_NEIGHBOUR | PACKET_FRAGMENT))
+		return 0;
+	if (!(p->flags & PACKET_ICMP_ERROR)) {
+		/* An echo reply claims nothing, or anybody could fill the table. */
+		if (p->proto != (v6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP) || p->sport)
+			claim_tuple(s, v6);
+		return 0;
+	}
+	if (parse_quoted(skb, s, v6))
 		return 0;
 	f = quoted_flow(s, HOOK_CONTAINER, v6);
 	if (f && f->flags & FLOW_NAT && flow_out(f) == HOOK_UPLINK)
@@ -153,18 +204,18 @@ static __always_inline int restore_error_of(struct __sk_buff *skb, struct scratc
 	return 0;
 }
 
-__noinline int restore_error4(struct __sk_buff *skb)
+__noinline int host_sends4(struct __sk_buff *skb)
 {
 	struct scratch *s = scratch_get();
 
-	return s ? restore_error_of(skb, s, false) : 0;
+	return s ? host_sends_of(skb, s, false) : 0;
 }
 
-__noinline int restore_error6(struct __sk_buff *skb)
+__noinline int host_sends6(struct __sk_buff *skb)
 {
 	struct scratch *s = scratch_get();
 
-	return s ? restore_error_of(skb, s, true) : 0;
+	return s ? host_sends_of(skb, s, true) : 0;
 }
 
 static __always_inline int to_uplink_frame(struct __sk_buff *skb, const bool ethernet)
@@ -191,12 +242,12 @@ static __always_inline int to_uplink_frame(struct __sk_buff *skb, const bool eth
 	if (proto == bpf_htons(ETH_P_IP)) {
 		struct iphdr *ip = header(skb, l3, sizeof(*ip));
 
-		if (!ip || ip->protocol != IPPROTO_ICMP)
+		if (!ip || ip->protocol == IPPROTO_TCP || ip->protocol == IPPROTO_UDP)
 			return PASS;
 	} else {
 		struct ipv6hdr *ip = header(skb, l3, sizeof(*ip));
 
-		if (!ip || ip->nexthdr != IPPROTO_ICMPV6)
+		if (!ip || ip->nexthdr == IPPROTO_TCP || ip->nexthdr == IPPROTO_UDP)
 			return PASS;
 	}
 	s = scratch_start(HOOK_TO_UPLINK);
@@ -204,8 +255,8 @@ static __always_inline int to_uplink_frame(struct __sk_buff *skb, const bool eth
 		return PASS;
 	s->packet.l3 = l3;
 	if (proto == bpf_htons(ETH_P_IP))
-		err = restore_error4(skb);
+		err = host_sends4(skb);
 	else
-		err = restore_error6(skb);
+		err = host_sends6(skb);
 	return err ? drop(skb, HOOK_TO_UPLINK, REASON_MALFORMED) : PASS;
 }
