@@ -60,7 +60,7 @@ func TestAcceptEngine(t *testing.T) {
 	tr.flow(t)
 	w.idle(t, "late", "blue")
 	w.works(t)
-	tr.end(t)
+	tr.end(t, true)
 	require.Equal(t, pid, w.b.PID())
 	require.True(t, w.b.PID() > 0 && processExists(w.b.PID()), "the daemon ended")
 }
@@ -72,9 +72,13 @@ func TestAcceptQuiet(t *testing.T) {
 	for i := range endpoints {
 		w.d.MustRun(t, "run", "-d", "--network", "blue", "-p", fmt.Sprintf("%d:80", 22000+i), lab.Image, "sleep", "100000")
 	}
-	lab.Eventually(t, 10*time.Second, "all endpoints are ready", func() bool {
+	// Bridges and neighbours have news of new ports for some seconds.
+	lab.Eventually(t, time.Minute, "all endpoints are ready, and nothing happens any more", func() bool {
 		s, err := api.ReadSnapshot(w.b.State)
 		require.NoError(t, err)
+		if time.Since(s.Written) < 5*time.Second {
+			return false
+		}
 		ready := 0
 		for _, e := range s.Endpoints {
 			if e.Ready {
@@ -85,8 +89,9 @@ func TestAcceptQuiet(t *testing.T) {
 	})
 	pid := w.b.PID()
 	resident := residentKiB(t, pid)
-	wall := time.Duration(count(60)) * time.Second
-	wall = max(wall, 10*time.Second)
+	// All that happens once a minute may fall into the ten seconds of the short run.
+	const budget = time.Minute * 2 / 1000
+	wall := max(10*time.Second, time.Duration(count(60))*time.Second)
 	// A window in which nothing happens is the measurement itself.
 	before, start := cpuTicks(t, pid), time.Now()
 	<-time.NewTimer(wall).C
@@ -94,7 +99,7 @@ func TestAcceptQuiet(t *testing.T) {
 	t.Logf("%d endpoints: %d KiB resident, %d ticks of 10 ms in %v", endpoints, resident, ticks, elapsed)
 	require.Less(t, resident, 40*1024)
 	const tick = 10 * time.Millisecond // USER_HZ is 100; each of two counters may be one too many
-	require.LessOrEqual(t, time.Duration(ticks)*tick, elapsed*2/1000+2*tick)
+	require.LessOrEqual(t, time.Duration(ticks)*tick, budget+2*tick)
 }
 
 func processExists(pid int) bool {
