@@ -463,7 +463,7 @@ static __always_inline int flow_take_reverse_of(struct scratch *s, const bool v6
 	void *table = flow_table(v6), *key, *value, *partner;
 	struct flow *held, *g;
 	bool same;
-	long err;
+	int err; /* not long: map helpers before Linux 6.4 leave the upper half of a negative number 0 */
 
 	if (!cfg)
 		return -ENOENT;
@@ -566,7 +566,7 @@ static __always_inline int flow_add_forward(struct scratch *s, const struct conf
 {
 	const struct packet *p = &s->packet;
 	const struct plan *n = &s->plan;
-	long err;
+	int err; /* as above */
 
 	if (v6) {
 		struct flow6_key *k = &s->forward6;
