@@ -380,7 +380,7 @@ static __always_inline bool is_named(const char comm[COMM_SIZE], const char name
 static __always_inline bool is_engine(void)
 {
 	const char daemon[COMM_SIZE] = "dockerd", proxy[COMM_SIZE] = "docker-proxy";
-	char comm[COMM_SIZE];
+	char comm[COMM_SIZE] = {}; /* Linux 6.1 does not pad the name with zeros */
 
 	if ((__u32)bpf_get_current_uid_gid() || bpf_get_current_comm(comm, sizeof(comm)))
 		return false;
