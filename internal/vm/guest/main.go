@@ -5,15 +5,16 @@
 // between. Every check is a line on the console: "ok NAME" or "FAIL NAME: why"; "GUEST DONE" with their
 // number is the last.
 //
-//	guest ATTACH MODULE...
+//	guest ATTACH TESTS MODULE...
 //
-// ATTACH is the way of attaching that the kernel should lead to, tcx or clsact; the modules are
-// loaded in this order.
+// ATTACH is the way of attaching that the kernel should lead to, tcx or clsact. TESTS is a pattern of
+// names: these tests of package bpf run too. The modules are loaded in this order.
 package main
 
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"strings"
 	"time"
 
@@ -32,15 +33,18 @@ func check(name string, err error) {
 }
 
 func main() {
-	if len(os.Args) > 2 {
+	if len(os.Args) > 3 {
 		// Packages look at /proc as they are initialized: once more, now that there is one.
-		err := boot(os.Args[2:])
+		err := boot(os.Args[3:])
 		if err == nil {
-			err = unix.Exec(os.Args[0], os.Args[:2], nil)
+			err = unix.Exec(os.Args[0], os.Args[:3], nil)
 		}
 		check("boot", err)
-	} else if err := run(os.Args[1]); err != nil {
-		check("run", err) // what it found itself unable to go on after
+	} else {
+		if err := run(os.Args[1]); err != nil {
+			check("run", err) // what it found itself unable to go on after
+		}
+		check("tests of bpf", runTests(os.Args[2]))
 	}
 	fmt.Println("GUEST DONE", checks)
 	if err := unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF); err != nil {
@@ -48,10 +52,18 @@ func main() {
 	}
 }
 
+// runTests runs tests of package bpf. Their output is for whoever reads the console.
+func runTests(pattern string) error {
+	// The instructions are counted in the object: any kernel will do, one with the sources best.
+	cmd := exec.Command("/bpf.test", "-test.run", pattern, "-test.skip", "TestInstructions")
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	return cmd.Run()
+}
+
 // boot does what a distribution would have done.
 func boot(modules []string) error {
 	for _, m := range []struct{ fstype, dir string }{
-		{"proc", "/proc"}, {"sysfs", "/sys"}, {"bpf", bpffsRoot}, {"cgroup2", cgroupRoot},
+		{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"}, {"tmpfs", "/tmp"}, {"bpf", bpffsRoot}, {"cgroup2", cgroupRoot},
 	} {
 		if err := os.MkdirAll(m.dir, 0o755); err != nil {
 			return err
