@@ -14,7 +14,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -275,5 +274,3 @@ func (w *site) processesOf(comm string) (pids []string) {
 func isRefusedOrSilent(r lab.Reply) bool {
 	return r.Errno == "ECONNREFUSED" || r.Errno == "ETIMEDOUT" || r.Errno == "EAGAIN" || r.Errno == "EHOSTUNREACH"
 }
-
-var _ = syscall.SIGTERM
