@@ -101,7 +101,7 @@ type family struct {
 	foreign         netip.Addr // outside, nobody
 	loopback        netip.Addr
 	unspecified     netip.Addr
-	echo, unreach   uint8 // ICMP types
+	unreach         uint8 // ICMP types
 	timeExceeded    uint8
 	tooBig          uint8
 	tooBigCode      uint8

@@ -1093,7 +1093,14 @@ func TestFlowLife(t *testing.T) {
 			{"established, expired", func() { established(); h.age(timeoutUp + 1) }, true},
 			{"reset by the server", func() { send(alice, a, "S"); answer("RA") }, true},
 			{"reset by the container", func() { established(); send(alice, a, "R") }, true},
-			{"closed first by the container", func() { established(); send(alice, a, "FA"); answer("FA"); send(alice, a, "A") }, true},
+			{"closed first by the container", func() {
+				established()
+				send(alice, a, "FA")
+				answer("FA")
+				send(alice, a, "A")
+				h.age(2)
+			}, true},
+			{"closed first by the container, just now", func() { established(); send(alice, a, "FA"); answer("FA") }, false},
 			{"closed first by the server", func() { established(); answer("FA"); send(alice, a, "FA"); answer("A") }, false},
 			{"half closed", func() { established(); send(alice, a, "FA"); answer("A") }, false},
 			{"closed and reopened", func() {

@@ -83,14 +83,21 @@ static long sweep_flow6(void *map __attribute__((unused)), struct flow6_key *key
 
 static __always_inline void sweep_tables(struct sweep *s)
 {
+	struct flow_gauge *g;
+	__u32 zero = 0;
+
 	s->now = bpf_ktime_get_ns() >> 30; /* the coarse clock is not for SYSCALL programs */
 	s->cfg = config_get();
 	if (!s->cfg)
 		return;
 	s->pressure[0] = table_pressure(s->cfg, false);
 	s->pressure[1] = table_pressure(s->cfg, true);
-	bpf_for_each_map_elem(&flows4, sweep_flow4, s, 0);
-	bpf_for_each_map_elem(&flows6, sweep_flow6, s, 0);
+	/* An empty table is not walked: its buckets alone are megabytes. */
+	g = bpf_map_lookup_elem(&flow_gauge, &zero);
+	if (!g || g->entries[0])
+		bpf_for_each_map_elem(&flows4, sweep_flow4, s, 0);
+	if (!g || g->entries[1])
+		bpf_for_each_map_elem(&flows6, sweep_flow6, s, 0);
 }
 
 static int gc_fire(void *map __attribute__((unused)), __u32 *key __attribute__((unused)),

@@ -323,7 +323,10 @@ static __always_inline bool flow_reusable(const struct config *cfg, __u8 proto,
 		return false;
 	if ((f->tcp_flags | g->tcp_flags) & TCP_RST)
 		return true;
-	return (f->tcp_flags & g->tcp_flags & TCP_FIN) && (g->flags & FLOW_CLOSED_FIRST);
+	if (!(f->tcp_flags & g->tcp_flags & TCP_FIN) || !(g->flags & FLOW_CLOSED_FIRST))
+		return false;
+	/* Quiet for a second at least: the last ACK must be there before another's SYN. */
+	return (__s32)(now - f->last_seen) >= 2 && (__s32)(now - g->last_seen) >= 2;
 }
 
 static __always_inline void flow_delete4(const struct flow4_key *k)

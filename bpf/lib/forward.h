@@ -115,6 +115,8 @@ static __always_inline int forward(struct __sk_buff *skb, const struct packet *p
 		peer = endpoint_get(f->peer);
 		if (!peer || peer->ifindex != ifindex || !(peer->flags & ENDPOINT_READY))
 			return drop(skb, hook, REASON_STALE_FLOW);
+		if (hook == HOOK_HOST && f->mtu && network_size(skb, p) > f->mtu)
+			return drop(skb, hook, REASON_TOO_BIG);
 	} else if (out == HOOK_UPLINK && f->mtu && network_size(skb, p) > f->mtu) {
 		if (p->flags & PACKET_DONT_FRAGMENT)
 			return to_stack(skb, hook);

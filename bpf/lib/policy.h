@@ -368,6 +368,7 @@ static __always_inline int plan_published(struct __sk_buff *skb, struct scratch 
 	} else if (p->hook == HOOK_HOST) {
 		n->reverse_hook = HOOK_CONTAINER;
 		n->reverse_ifindex = LO_IFINDEX;
+		n->mtu = net->mtu; /* lo lets pass what the container's device would not */
 		if (addr_is_loopback(&p->saddr, v6))
 			return plan_from_gateway(n, net, v6);
 	} else {

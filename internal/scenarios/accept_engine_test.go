@@ -24,7 +24,6 @@ func TestAcceptEngine(t *testing.T) {
 	w.networks(t)
 	w.d.Stop(t)
 	w.b = w.StartBpfnet(t, w.d) // ready without it
-	pid := w.b.PID()
 	connected := func() bool {
 		s, err := api.ReadSnapshot(w.b.State)
 		require.NoError(t, err)
@@ -55,7 +54,7 @@ func TestAcceptEngine(t *testing.T) {
 	tr.flow(t)
 	w.b.Restart(t) // from what it remembers
 	tr.flow(t)
-	pid = w.b.PID()
+	pid := w.b.PID()
 	w.d.Start(t)
 	tr.flow(t)
 	w.idle(t, "late", "blue")
