@@ -1548,3 +1548,28 @@ func TestHostClaimsTuples(t *testing.T) {
 		require.Zero(t, h.gauge()[f.index()])
 	})
 }
+
+// The label bpfnet.allowed_addresses: one endpoint may send from a prefix, nobody else, and from
+// nothing beside it.
+func TestAllowedSources(t *testing.T) {
+	h := newHost(t, 64)
+	forFamilies(t, func(t *testing.T, f family) {
+		h.t = t
+		h.reset()
+		key := bpf.DatapathSourceKey{Prefixlen: 32 + 96 + 24, Endpoint: alice, Addr: mapAddr(f.foreign)}
+		if f.v6 {
+			key.Prefixlen = 32 + 64
+		}
+		send := func(slot int, src netip.Addr) func() result {
+			return func() result {
+				return h.from(slot, packet.UDP(at(src, 5000), at(f.client2, 53), toGateway(slot)))
+			}
+		}
+		h.drops("before", spoofed, "container", send(alice, f.foreign))
+		h.put("allowed_sources", key, uint8(1))
+		defer func() { require.NoError(t, h.coll.Maps["allowed_sources"].Delete(key)) }()
+		h.expect("allowed", actRedirect, toUplink, send(alice, f.foreign))
+		h.drops("another endpoint", spoofed, "container", send(bob, f.foreign))
+		h.drops("another prefix", spoofed, "container", send(alice, f.client))
+	})
+}

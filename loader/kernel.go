@@ -11,6 +11,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
@@ -66,6 +67,33 @@ func lockDir(dir string) (*os.File, error) {
 		return nil, fmt.Errorf("lock pin directory %s: %w", dir, err)
 	}
 	return f, nil
+}
+
+// needed are the kernel's features without which the programs do not load, the newest first.
+var needed = []struct {
+	name, since string
+	probe       func() error
+}{
+	{"BPF timers", "5.15", func() error { return features.HaveProgramHelper(ebpf.SchedCLS, asm.FnTimerInit) }},
+	{"BPF programs of type syscall", "5.14", func() error { return features.HaveProgramType(ebpf.Syscall) }},
+	{"bpf_for_each_map_elem", "5.13", func() error { return features.HaveProgramHelper(ebpf.SchedCLS, asm.FnForEachMapElem) }},
+	{"bpf_ktime_get_coarse_ns", "5.11", func() error { return features.HaveProgramHelper(ebpf.SchedCLS, asm.FnKtimeGetCoarseNs) }},
+	{"bpf_redirect_peer", "5.10", func() error { return features.HaveProgramHelper(ebpf.SchedCLS, asm.FnRedirectPeer) }},
+	{"cgroup socket programs", "4.17", func() error { return features.HaveProgramType(ebpf.CGroupSockAddr) }},
+}
+
+// explainLoad says which feature the kernel lacks and since when there is one that has it. It probes
+// after the failure: what is there needs no asking.
+func explainLoad(err error) error {
+	for _, n := range needed {
+		if errors.Is(n.probe(), ebpf.ErrNotSupported) {
+			return fmt.Errorf("load programs: the kernel has no %s: needs Linux %s or later (bpfnet is tested from 6.1 on): %w", n.name, n.since, err)
+		}
+	}
+	if _, statErr := os.Stat("/sys/kernel/btf/vmlinux"); statErr != nil {
+		return fmt.Errorf("load programs: the kernel has no BTF: needs one built with CONFIG_DEBUG_INFO_BTF: %w", err)
+	}
+	return fmt.Errorf("load programs: %w (bpfnet is tested on Linux 6.1 and later)", err)
 }
 
 // chooseAttach reports whether to use tcx.

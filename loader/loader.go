@@ -174,11 +174,7 @@ func (l *Loader) load(spec *ebpf.CollectionSpec) (*ebpf.Collection, error) {
 		Maps: ebpf.MapOptions{PinPath: dir},
 	})
 	if err != nil {
-		var verifier *ebpf.VerifierError
-		if errors.As(err, &verifier) {
-			return nil, fmt.Errorf("load programs: the kernel refuses them: %w (needs Linux 5.15 or later with CONFIG_DEBUG_INFO_BTF)", err)
-		}
-		return nil, fmt.Errorf("load programs: %w", err)
+		return nil, explainLoad(err)
 	}
 	return c, nil
 }
