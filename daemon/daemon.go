@@ -554,7 +554,7 @@ func (d *Daemon) settings(devices policy.Devices) (bpfmaps.Settings, error) {
 		return s, err
 	}
 	ports := planMasquerade(local, reserved)
-	if ports.reserve != nil && !slices.Contains(reserved, *ports.reserve) {
+	if ports.reserve != nil && !covers(reserved, *ports.reserve) {
 		change, err := netdev.SetReservedPorts(mergeRanges(reserved, *ports.reserve))
 		if err != nil {
 			return s, err

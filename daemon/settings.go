@@ -90,14 +90,22 @@ func planMasquerade(local netdev.PortRange, reserved []netdev.PortRange) masquer
 		p.ranges = append(p.ranges, bpfmaps.PortRange{First: uint16(second), Count: 65536 - second})
 	}
 	for _, r := range reserved {
-		if p.reserve != nil && r == *p.reserve {
-			continue
-		}
 		for port := int(r.First); port <= int(r.Last); port++ {
+			// Our own reservation reads back joined with what it touches.
+			if p.reserve != nil && port >= int(p.reserve.First) && port <= int(p.reserve.Last) {
+				continue
+			}
 			p.reserved[uint16(port)] = struct{}{}
 		}
 	}
 	return p
+}
+
+// covers reports whether the sorted list holds all of r.
+func covers(list []netdev.PortRange, r netdev.PortRange) bool {
+	return slices.ContainsFunc(list, func(have netdev.PortRange) bool {
+		return have.First <= r.First && r.Last <= have.Last
+	})
 }
 
 // mergeRanges adds one range to a sorted list as the kernel would print it.
