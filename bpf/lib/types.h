@@ -162,7 +162,7 @@ enum port_bits {
 
 /*
  * The one lookup that all of the host's own traffic pays. The daemon writes ports and subnets, the
- * post_bind programs write engine; each byte has one writer, through its own memory access.
+ * sock programs write engine, by atomic operations on its words: no byte has two writers.
  */
 struct port_class {
 	enum port_bits ports[65536]; /* by port, host order */
@@ -327,7 +327,7 @@ struct port_slot {
 /* Argument and result of the expire and purge programs. */
 struct expire_args {
 	__u32 live[2]; /* entries left in flows4, flows6 */
-	__u32 deleted[2];
+	__u32 deleted[2]; /* entries found dead; each took its partner along */
 };
 
 /* Gauge of flow entries, kept on insert and delete only. */
