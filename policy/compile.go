@@ -31,7 +31,7 @@ type Slots struct {
 type Intents struct {
 	State   State
 	Devices Devices
-	// Allowed are pairs of names of networks that may talk, both directions.
+	// Allowed are pairs of qualified names of networks that may talk, both directions.
 	Allowed [][2]string
 	// Attached says on which bridge ports, by index, the programs are in place.
 	Attached map[int]bool
@@ -287,7 +287,7 @@ func (t *Tables) pairs(allowed [][2]string, networks []Network, slots map[string
 	byName := make(map[string]uint16)
 	for _, n := range networks {
 		if slot, ok := slots[n.ID]; ok {
-			byName[n.Name] = slot
+			byName[n.QualifiedName()] = slot
 		}
 	}
 	for _, pair := range allowed {

@@ -28,9 +28,9 @@ func sample() Intents {
 	return Intents{
 		State: State{
 			Networks: []Network{
-				{ID: "n1", Name: "bridge", Bridge: "docker0", Subnets: []netip.Prefix{netip.MustParsePrefix("172.17.0.0/16")}, Gateways: addrs("172.17.0.1")},
+				{ID: "n1", Name: "bridge", Source: SourceDocker, Bridge: "docker0", Subnets: []netip.Prefix{netip.MustParsePrefix("172.17.0.0/16")}, Gateways: addrs("172.17.0.1")},
 				{
-					ID: "n2", Name: "back", Bridge: "br-2", Internal: true, NoICC: true,
+					ID: "n2", Name: "back", Source: SourceStore, Bridge: "br-2", Internal: true, NoICC: true,
 					Subnets:  []netip.Prefix{netip.MustParsePrefix("172.18.0.0/16"), netip.MustParsePrefix("fd00:18::/64")},
 					Gateways: addrs("172.18.0.1", "fd00:18::1"),
 				},
@@ -129,9 +129,15 @@ func TestCompilePorts(t *testing.T) {
 
 func TestCompileAllowed(t *testing.T) {
 	in := sample()
-	in.Allowed = [][2]string{{"back", "bridge"}, {"bridge", "bridge"}, {"bridge", "gone"}}
+	in.Allowed = [][2]string{
+		{"bpfnet/back", "docker/bridge"}, {"docker/bridge", "docker/bridge"}, {"docker/bridge", "docker/gone"},
+	}
 	tables, _ := Compile(in, Slots{})
 	require.Equal(t, map[[2]uint16]struct{}{{1, 2}: {}}, tables.Pairs)
+
+	in.Allowed = [][2]string{{"back", "bridge"}, {"docker/back", "docker/bridge"}}
+	tables, _ = Compile(in, Slots{})
+	require.Empty(t, tables.Pairs, "another source's network of that name is another network")
 }
 
 // A thing keeps its slot while it lives, and a slot freed in one round is not used in the same: its

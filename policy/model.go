@@ -88,6 +88,12 @@ type Network struct {
 	MTU int
 }
 
+// QualifiedName is the network's name among those of all sources: docker/frontend.
+func (n Network) QualifiedName() string { return Qualify(n.Source, n.Name) }
+
+// Qualify puts a source before a name. No source allows a slash in a name.
+func Qualify(s Source, name string) string { return string(s) + "/" + name }
+
 // Endpoint is one interface of one sandbox in one network.
 type Endpoint struct {
 	ID        string // as the source names it
