@@ -1,8 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package store keeps what the daemon must remember over its own end, in one file below the state
-// directory: which networks may talk, what was changed of the host's settings, which slots the maps'
-// entries have, and the last known state of each source.
+// directory: the networks, sandboxes and endpoints that bpfnet itself made, which networks may talk,
+// what was changed of the host's settings, which slots the maps' entries have, and the last known state
+// of each source.
+//
+// Every change is one transaction and is on the disk when its method returns: it survives the end of the
+// process and of the power at any point, as a whole or not at all. On a full disk a change fails and
+// alters nothing. Where the disk itself fails at the end of a change (EIO), the change may have been done.
 //
 // It knows the shapes that it keeps and nothing of what is done with them.
 package store
@@ -17,6 +22,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"syscall"
 
 	"go.etcd.io/bbolt"
@@ -27,10 +33,14 @@ import (
 // FileName is the store's file below the state directory.
 const FileName = "state.db"
 
-// schema is the version of the layout below. A store with a higher one is refused.
-const schema = 1
+// schema is the version of the layout below. A store with a higher one is refused, one with a lower one
+// is brought up to it.
+//
+//	1  the bucket bpfnet; its allowed pairs are names of Docker's networks
+//	2  a source before each name of a pair ("docker/fe"); buckets for what is bpfnet's own
+const schema = 2
 
-// The one bucket and its keys. Each value is JSON behind its checksum.
+// The bucket of single things and its keys. Each value is JSON behind its checksum.
 var (
 	bucket = []byte("bpfnet")
 
@@ -50,7 +60,8 @@ var (
 	ErrNewer   = errors.New("written by a newer bpfnet")
 )
 
-// Pair names two networks that may talk, in both directions. Its names are in order.
+// Pair names two networks that may talk, in both directions. Its names are in order, each with its source
+// in front: "docker/fe", "bpfnet/mynet".
 type Pair struct {
 	A string `json:"a"`
 	B string `json:"b"`
@@ -80,10 +91,13 @@ type Store struct {
 	dir  string
 	db   *bbolt.DB
 	lock *os.File // the directory
+
+	mu    sync.Mutex // one writer at a time
+	doubt bool       // a commit failed: see settle
 }
 
 // Open opens the store below dir and makes both where they are missing. The directory is locked until
-// Close or the end of the process.
+// Close or the end of the process. A store of an older schema is migrated, in one transaction.
 //
 // It fails with ErrLocked, ErrDamaged or ErrNewer, and changes nothing then.
 func Open(dir string) (*Store, error) {
@@ -95,23 +109,42 @@ func Open(dir string) (*Store, error) {
 		return nil, err
 	}
 	s := &Store{dir: dir, lock: lock}
-	path := filepath.Join(dir, FileName)
-	if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
-		err = create(path)
-		if err != nil {
-			lock.Close()
-			return nil, fmt.Errorf("state file %s: %w", path, err)
+	if err := s.open(); err != nil {
+		if s.db != nil {
+			s.db.Close()
 		}
-	}
-	if s.db, err = openFile(path); err != nil {
 		lock.Close()
 		return nil, err
 	}
-	if err := s.checkSchema(path); err != nil {
-		s.Close()
-		return nil, err
-	}
 	return s, nil
+}
+
+func (s *Store) open() error {
+	if _, err := os.Lstat(s.path()); errors.Is(err, os.ErrNotExist) {
+		if err := create(s.path()); err != nil {
+			return fileError(s.path(), err)
+		}
+	}
+	var err error
+	if s.db, err = openFile(s.path()); err != nil {
+		return err
+	}
+	have, err := s.schema()
+	if err != nil {
+		return err
+	}
+	// What is here may be in the kernel's cache only, left by a process that was killed: the file's name
+	// (also a new one), and its last commit.
+	if err := syncDir(s.lock); err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	if err := settle(s.db); err != nil {
+		return fileError(s.path(), err)
+	}
+	if have < schema {
+		return s.migrate()
+	}
+	return nil
 }
 
 func lockDir(dir string) (*os.File, error) {
@@ -132,13 +165,28 @@ func lockDir(dir string) (*os.File, error) {
 }
 
 // create makes an empty store. It appears under its name when it is complete, so that an end in the
-// middle leaves no half a file that would look damaged.
+// middle leaves no half a file that would look damaged. The caller has to sync the directory.
 func create(path string) error {
+	// The directories may be as new as the file.
+	if err := syncParents(filepath.Dir(path)); err != nil {
+		return err
+	}
 	tmp := path + ".new"
 	if err := os.Remove(tmp); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	db, err := bbolt.Open(tmp, 0o600, nil)
+	err := fill(tmp)
+	if err == nil {
+		err = os.Rename(tmp, path)
+	}
+	if err != nil {
+		os.Remove(tmp)
+	}
+	return err
+}
+
+func fill(path string) error {
+	db, err := bbolt.Open(path, 0o600, nil)
 	if err != nil {
 		return err
 	}
@@ -147,32 +195,54 @@ func create(path string) error {
 		if err != nil {
 			return err
 		}
-		return put(b, keySchema, schema)
-	})
-	if err := errors.Join(err, db.Close()); err != nil {
-		return err
-	}
-	return os.Rename(tmp, path)
-}
-
-func (s *Store) checkSchema(path string) error {
-	var have int
-	err := s.view(func(b *bbolt.Bucket) error {
-		if _, err := get(b, keySchema, &have); err != nil {
+		if err := makeOwn(tx); err != nil {
 			return err
 		}
-		return nil
+		return put(b, keySchema, schema)
 	})
+	return errors.Join(err, db.Close())
+}
+
+func (s *Store) schema() (int, error) {
+	var have int
+	err := s.view(func(b *bbolt.Bucket) error {
+		_, err := get(b, keySchema, &have)
+		return err
+	})
+	path := s.path()
 	switch {
 	case err != nil:
-		return err
+		return 0, err
 	case have > schema:
-		return fmt.Errorf("state file %s: %w (schema %d, this one knows %d); run that version, or "+
+		return 0, fmt.Errorf("state file %s: %w (schema %d, this one knows %d); run that version, or "+
 			"move the file away to start over: mv %s %s.newer", path, ErrNewer, have, schema, path, path)
 	case have < 1:
-		return damaged(path, "it has no schema")
+		return 0, damaged(path, "it has no schema")
 	}
-	return nil
+	return have, nil
+}
+
+// migrate brings a store of schema 1 up to this one.
+func (s *Store) migrate() error {
+	return s.updateTx(func(tx *bbolt.Tx) error {
+		b := tx.Bucket(bucket)
+		var pairs []Pair
+		if _, err := get(b, keyAllowed, &pairs); err != nil {
+			return err
+		}
+		for i, p := range pairs { // They stay in order.
+			pairs[i] = Pair{"docker/" + p.A, "docker/" + p.B}
+		}
+		if pairs != nil {
+			if err := put(b, keyAllowed, pairs); err != nil {
+				return err
+			}
+		}
+		if err := makeOwn(tx); err != nil {
+			return err
+		}
+		return put(b, keySchema, schema)
+	})
 }
 
 // Close ends the lock. Everything stays on disk.
@@ -183,13 +253,12 @@ func (s *Store) Close() error {
 
 // Remove closes the store and deletes its file.
 func (s *Store) Remove() error {
-	path := filepath.Join(s.dir, FileName)
 	err := s.db.Close()
 	// Under the lock, so that no daemon opens what is being deleted.
-	if rerr := os.Remove(path); rerr != nil && !errors.Is(rerr, os.ErrNotExist) {
+	if rerr := os.Remove(s.path()); rerr != nil && !errors.Is(rerr, os.ErrNotExist) {
 		err = errors.Join(err, rerr)
 	}
-	return errors.Join(err, s.lock.Close())
+	return errors.Join(err, syncDir(s.lock), s.lock.Close())
 }
 
 // Allowed returns the pairs of networks that may talk, in order.
@@ -296,16 +365,40 @@ func (s *Store) SetState(source policy.Source, state policy.State) error {
 }
 
 func (s *Store) view(f func(*bbolt.Bucket) error) error {
-	err := s.db.View(func(tx *bbolt.Tx) error { return inBucket(tx, s.path(), f) })
-	if err != nil {
+	return s.viewTx(func(tx *bbolt.Tx) error { return inBucket(tx, s.path(), f) })
+}
+
+func (s *Store) update(f func(*bbolt.Bucket) error) error {
+	return s.updateTx(func(tx *bbolt.Tx) error { return inBucket(tx, s.path(), f) })
+}
+
+func (s *Store) viewTx(f func(*bbolt.Tx) error) error {
+	if err := s.db.View(f); err != nil {
 		return fmt.Errorf("read state: %w", err)
 	}
 	return nil
 }
 
-func (s *Store) update(f func(*bbolt.Bucket) error) error {
-	err := s.db.Update(func(tx *bbolt.Tx) error { return inBucket(tx, s.path(), f) })
+func (s *Store) updateTx(f func(*bbolt.Tx) error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.doubt {
+		if err := settle(s.db); err != nil {
+			return fmt.Errorf("write state: %w", fileError(s.path(), err))
+		}
+		s.doubt = false
+	}
+	var committing bool
+	err := s.db.Update(func(tx *bbolt.Tx) error {
+		err := f(tx)
+		committing = err == nil
+		return err
+	})
 	if err != nil {
+		s.doubt = committing
+		if full := diskFull(s.path(), err); full != nil {
+			err = full
+		}
 		return fmt.Errorf("write state: %w", err)
 	}
 	return nil
@@ -327,14 +420,18 @@ func get(b *bbolt.Bucket, key string, v any) (bool, error) {
 	if sealed == nil {
 		return false, nil
 	}
-	raw, err := unseal(sealed)
-	if err == nil {
-		err = json.Unmarshal(raw, v)
-	}
-	if err != nil {
+	if err := decode(sealed, v); err != nil {
 		return false, damaged(b.Tx().DB().Path(), fmt.Sprintf("%s: %v", key, err))
 	}
 	return true, nil
+}
+
+func decode(sealed []byte, v any) error {
+	raw, err := unseal(sealed)
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(raw, v)
 }
 
 func put(b *bbolt.Bucket, key string, v any) error {

@@ -4,6 +4,7 @@ package store
 
 import (
 	"bytes"
+	"encoding/binary"
 	"math/rand/v2"
 	"net/netip"
 	"os"
@@ -280,6 +281,53 @@ func TestEveryTruncationAndPage(t *testing.T) {
 				spoiled[at+i] = fill()
 			}
 			check(spoiled)
+		}
+	}
+	assert.Positive(t, refused)
+}
+
+// usable opens a store with these bytes, reads and writes. It reports false if that is refused as damage.
+func usable(t *testing.T, raw []byte) bool {
+	t.Helper()
+	dir := memory(t)
+	defer os.RemoveAll(dir)
+	require.NoError(t, os.WriteFile(filepath.Join(dir, FileName), raw, 0o600))
+	s, err := Open(dir)
+	if err == nil {
+		defer s.Close()
+		_, err = s.Own()
+	}
+	if err == nil {
+		err = s.Write(Batch{Networks: several(network, 1000, 50)})
+	}
+	if err == nil {
+		err = s.SetState(policy.SourceDocker, bigState(30000))
+	}
+	if err != nil {
+		require.ErrorIs(t, err, ErrDamaged)
+	}
+	return err == nil
+}
+
+// Every number at the beginning of a page, which may be one of another page, is replaced by others: also
+// by that of the page itself, which makes a tree without an end.
+func TestEveryNumberOfAPage(t *testing.T) {
+	raw := full(t)
+	page := os.Getpagesize()
+	random := seeded(t)
+	refused := 0
+	for at := 0; at < len(raw); at += page {
+		for word := at; word < at+96; word += 8 {
+			for _, number := range []int{at / page, 0, 2, 3, len(raw)/page - 1, len(raw) / page, 1 << 50, -1} {
+				if !fullCount() && random.IntN(10) > 0 {
+					continue
+				}
+				spoiled := bytes.Clone(raw)
+				binary.NativeEndian.PutUint64(spoiled[word:], uint64(number))
+				if !usable(t, spoiled) {
+					refused++
+				}
+			}
 		}
 	}
 	assert.Positive(t, refused)
