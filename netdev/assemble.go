@@ -71,6 +71,10 @@ func isUplink(d *device, prefixes []netip.Prefix, byIndex map[int]*device) bool 
 	if d.loopback || len(prefixes) == 0 || enslaved(d, byIndex) {
 		return false
 	}
+	// What this package made leads into sandboxes, also before whoever asked for it says so.
+	if d.own {
+		return false
+	}
 	if !d.hasPeer() {
 		return true
 	}

@@ -2,7 +2,8 @@
 
 // Package netdev is the only user of netlink in this project. It shows what the kernel's
 // host namespace holds (bridges, their ports, uplinks, addresses), reports when that
-// changes, and writes the few sysctls that forwarding needs.
+// changes, makes the bridges and pairs of devices that join sandboxes to the host, and
+// writes the few sysctls that this and forwarding need.
 //
 // It knows nothing of Docker, of eBPF or of what is done with a device. "The host
 // namespace" is the network namespace of the thread that calls Open, Watch or a sysctl
@@ -14,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 
 	"github.com/vishvananda/netlink"
@@ -34,28 +36,26 @@ type Options struct {
 	Uplinks []string
 }
 
-// Devices reads the host namespace through netlink sockets of its own. It is safe for
-// concurrent use.
+// Devices reads and changes the host namespace through netlink sockets of its own. It is safe
+// for concurrent use.
 type Devices struct {
+	ns      *os.File // the host namespace
 	handle  *netlink.Handle
-	peers   *nl.SocketHandle // for queries into other namespaces
-	uplinks []string
+	queries *nl.SocketHandle // checks strictly, so that the kernel filters (NETLINK_GET_STRICT_CHK)
+	// deleting is apart because the end of a device takes tens of milliseconds, and a handle does one
+	// thing at a time.
+	deleting *netlink.Handle
+	uplinks  []string
 }
 
 // Open binds to the calling thread's network namespace. It fails if an uplink named in the
 // options does not exist (the error lists the nearest names) or cannot be one.
 func Open(opts Options) (*Devices, error) {
-	handle, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-	if err != nil {
+	d := &Devices{uplinks: slices.Clone(opts.Uplinks)}
+	if err := d.open(); err != nil {
+		d.Close()
 		return nil, fmt.Errorf("open netlink: %w", err)
 	}
-	sock, err := nl.Subscribe(unix.NETLINK_ROUTE)
-	if err != nil {
-		handle.Close()
-		return nil, fmt.Errorf("open netlink: %w", err)
-	}
-	d := &Devices{handle: handle, peers: &nl.SocketHandle{Socket: sock}, uplinks: slices.Clone(opts.Uplinks)}
-
 	links, err := d.links()
 	if err == nil {
 		err = checkUplinks(d.uplinks, links)
@@ -67,10 +67,37 @@ func Open(opts Options) (*Devices, error) {
 	return d, nil
 }
 
+func (d *Devices) open() (err error) {
+	if d.ns, err = OpenNetNS(threadNetNS); err != nil {
+		return err
+	}
+	if d.handle, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return err
+	}
+	if d.deleting, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return err
+	}
+	sock, err := nl.Subscribe(unix.NETLINK_ROUTE)
+	if err != nil {
+		return err
+	}
+	d.queries = &nl.SocketHandle{Socket: sock}
+	return unix.SetsockoptInt(sock.GetFd(), unix.SOL_NETLINK, unix.NETLINK_GET_STRICT_CHK, 1)
+}
+
 // Close closes the sockets. Nothing in the kernel depends on them.
 func (d *Devices) Close() {
-	d.handle.Close()
-	d.peers.Close()
+	for _, h := range []*netlink.Handle{d.handle, d.deleting} {
+		if h != nil {
+			h.Close()
+		}
+	}
+	if d.queries != nil {
+		d.queries.Close()
+	}
+	if d.ns != nil {
+		d.ns.Close()
+	}
 }
 
 // Snapshot reads all devices. served holds the names of the bridges whose ports are wanted;
@@ -120,6 +147,7 @@ type device struct {
 	mac      policy.MAC
 	mtu      int
 	up       bool
+	own      bool // has our alias
 	loopback bool
 	ethernet bool
 	master   int // 0 for none
@@ -140,6 +168,7 @@ func deviceOf(l netlink.Link) device {
 		kind:     l.Type(),
 		mtu:      a.MTU,
 		up:       a.RawFlags&unix.IFF_UP != 0,
+		own:      a.Alias == Alias,
 		loopback: a.RawFlags&unix.IFF_LOOPBACK != 0,
 		ethernet: a.EncapType == "ether",
 		master:   a.MasterIndex,
@@ -159,7 +188,7 @@ type address struct {
 }
 
 func (d *Devices) links() ([]device, error) {
-	list, err := retry("list links", d.handle.LinkList)
+	list, err := retry("list links", d.linkList)
 	if err != nil {
 		return nil, err
 	}
@@ -169,6 +198,30 @@ func (d *Devices) links() ([]device, error) {
 	}
 	slices.SortFunc(devs, func(a, b device) int { return cmp.Compare(a.index, b.index) })
 	return devs, nil
+}
+
+// skipStats is RTEXT_FILTER_SKIP_STATS of linux/rtnetlink.h.
+const skipStats = 1 << 3
+
+// linkList dumps links without their counters, which are half of a message.
+func (d *Devices) linkList() ([]netlink.Link, error) {
+	req := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_DUMP)
+	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: d.queries}
+	req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	req.AddData(nl.NewRtAttr(unix.IFLA_EXT_MASK, nl.Uint32Attr(skipStats)))
+	msgs, err := req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
+	if err != nil {
+		return nil, err
+	}
+	list := make([]netlink.Link, 0, len(msgs))
+	for _, m := range msgs {
+		l, err := netlink.LinkDeserialize(nil, m)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, l)
+	}
+	return list, nil
 }
 
 func (d *Devices) addrs() ([]address, error) {
@@ -210,7 +263,7 @@ func (d *Devices) linkByIndex(ifindex int) (*device, error) {
 // MAC if the namespace or the device is gone: the next snapshot will not hold the link.
 func (d *Devices) peerMAC(nsid, ifindex int) policy.MAC {
 	req := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_ACK)
-	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: d.peers}
+	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: d.queries}
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
 	msg.Index = int32(ifindex)
 	req.AddData(msg)

@@ -24,7 +24,7 @@ func TestMain(m *testing.M) { lab.Main(m) }
 
 // enterNS moves the test's thread into a network namespace of its own until the test ends, and
 // returns a second one. Both have no name and vanish with the test.
-func enterNS(t *testing.T) (own, other netns.NsHandle) {
+func enterNS(t testing.TB) (own, other netns.NsHandle) {
 	t.Helper()
 	lab.NeedRoot(t)
 	runtime.LockOSThread()
@@ -48,7 +48,7 @@ func enterNS(t *testing.T) (own, other netns.NsHandle) {
 	return own, other
 }
 
-func open(t *testing.T, opts Options) *Devices {
+func open(t testing.TB, opts Options) *Devices {
 	t.Helper()
 	d, err := Open(opts)
 	require.NoError(t, err)
@@ -56,7 +56,7 @@ func open(t *testing.T, opts Options) *Devices {
 	return d
 }
 
-func addBridge(t *testing.T, name, addr string) netlink.Link {
+func addBridge(t testing.TB, name, addr string) netlink.Link {
 	t.Helper()
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = name
@@ -67,7 +67,7 @@ func addBridge(t *testing.T, name, addr string) netlink.Link {
 	return br
 }
 
-func addVeth(t *testing.T, name, peer string) netlink.Link {
+func addVeth(t testing.TB, name, peer string) netlink.Link {
 	t.Helper()
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = name
@@ -77,7 +77,7 @@ func addVeth(t *testing.T, name, peer string) netlink.Link {
 	return l
 }
 
-func addAddr(t *testing.T, l netlink.Link, addr string) {
+func addAddr(t testing.TB, l netlink.Link, addr string) {
 	t.Helper()
 	a, err := netlink.ParseAddr(addr)
 	require.NoError(t, err)
