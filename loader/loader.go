@@ -6,12 +6,16 @@
 package loader
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
+	stdmaps "maps"
 	"math/bits"
 	"os"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -19,6 +23,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/rlimit"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/bpfnet/bpfnet/bpf"
@@ -54,14 +59,16 @@ type Options struct {
 // Loader holds the loaded programs. Close leaves pinned maps, links and filters in the kernel: the
 // network runs on.
 type Loader struct {
-	opts    Options
-	tcx     bool
-	tc      *ebpf.Collection
-	sock    *ebpf.Collection
-	mu      sync.Mutex
-	links   map[string]link.Link
-	filters map[string]Attachment
-	lock    *os.File // of the pin directory
+	opts Options
+	tcx  bool
+	tc   *ebpf.Collection
+	sock *ebpf.Collection
+	// Those of tc that no device has. They come a moment later.
+	sweepers *sweepers
+	mu       sync.Mutex
+	links    map[string]link.Link
+	filters  map[string]Attachment
+	lock     *os.File // of the pin directory
 }
 
 // Attachment is one program on one device or cgroup.
@@ -125,6 +132,14 @@ func Load(opts Options) (*Loader, error) {
 	size := l.flowEntries()
 	spec.Maps["flows4"].MaxEntries = size
 	spec.Maps["flows6"].MaxEntries = size / 2
+	sweeps := spec.Copy()
+	for name, p := range spec.Programs {
+		if p.Type == ebpf.Syscall {
+			delete(spec.Programs, name)
+		} else {
+			delete(sweeps.Programs, name)
+		}
+	}
 	l.tc, err = l.load(spec)
 	if err != nil {
 		l.Close()
@@ -143,6 +158,7 @@ func Load(opts Options) (*Loader, error) {
 		l.Close()
 		return nil, err
 	}
+	l.sweepers = loadSweepers(sweeps, l.tc.Maps)
 	return l, nil
 }
 
@@ -170,13 +186,92 @@ func (l *Loader) load(spec *ebpf.CollectionSpec) (*ebpf.Collection, error) {
 			}
 		}
 	}
-	c, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{
-		Maps: ebpf.MapOptions{PinPath: dir},
-	})
+	c, err := newCollection(spec, dir)
 	if err != nil {
 		return nil, explainLoad(err)
 	}
 	return c, nil
+}
+
+// newCollection makes the maps, and then loads programs on half of the processors: the verifier takes
+// about a second for all of them, and a kernel that does not preempt gives nobody else the processor
+// while it looks at one. On all of them, the host's programs would stand still for that second.
+func newCollection(spec *ebpf.CollectionSpec, pins string) (*ebpf.Collection, error) {
+	c, err := ebpf.NewCollectionWithOptions(part(spec, nil), ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: pins}})
+	if err != nil {
+		return nil, err
+	}
+	var mu sync.Mutex
+	var group errgroup.Group
+	group.SetLimit(max(1, runtime.NumCPU()/2))
+	// The longest first, so that none is left over at the end.
+	for _, name := range slices.SortedFunc(stdmaps.Keys(spec.Programs), func(a, b string) int {
+		return cmp.Or(cmp.Compare(len(spec.Programs[b].Instructions), len(spec.Programs[a].Instructions)), cmp.Compare(a, b))
+	}) {
+		group.Go(func() error {
+			prog, err := loadProgram(spec, name, c.Maps)
+			if err != nil {
+				return err
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			c.Programs[name] = prog
+			return nil
+		})
+	}
+	if err := group.Wait(); err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// part is a copy of spec with other programs.
+func part(spec *ebpf.CollectionSpec, programs map[string]*ebpf.ProgramSpec) *ebpf.CollectionSpec {
+	p := spec.Copy()
+	p.Programs = programs
+	return p
+}
+
+func loadProgram(spec *ebpf.CollectionSpec, name string, have map[string]*ebpf.Map) (*ebpf.Program, error) {
+	c, err := ebpf.NewCollectionWithOptions(part(spec, map[string]*ebpf.ProgramSpec{name: spec.Programs[name].Copy()}),
+		ebpf.CollectionOptions{MapReplacements: have})
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	return c.DetachProgram(name), nil
+}
+
+// sweepers walk whole maps, which costs the verifier as much time as all other programs, and no packet
+// waits for them: they are loaded behind the daemon's back.
+type sweepers struct {
+	loaded   chan struct{} // closed at the end of it
+	programs map[string]*ebpf.Program
+	err      error
+}
+
+func loadSweepers(spec *ebpf.CollectionSpec, have map[string]*ebpf.Map) *sweepers {
+	s := &sweepers{loaded: make(chan struct{}), programs: make(map[string]*ebpf.Program)}
+	go func() {
+		defer close(s.loaded)
+		for name := range spec.Programs {
+			prog, err := loadProgram(spec, name, have)
+			if err != nil {
+				s.err = explainLoad(err)
+				return
+			}
+			s.programs[name] = prog
+		}
+	}()
+	return s
+}
+
+func (s *sweepers) close() {
+	<-s.loaded
+	for _, p := range s.programs {
+		p.Close()
+	}
 }
 
 // flowEntries is the size of the IPv4 table in entries, two a flow.
@@ -233,6 +328,9 @@ func (l *Loader) Close() {
 		k.Close()
 	}
 	l.links = make(map[string]link.Link)
+	if l.sweepers != nil {
+		l.sweepers.close()
+	}
 	if l.tc != nil {
 		l.tc.Close()
 	}
@@ -430,7 +528,11 @@ func (l *Loader) Purge() (Swept, error) { return l.sweep("purge") }
 
 func (l *Loader) sweep(program string) (Swept, error) {
 	var args bpf.DatapathExpireArgs
-	if _, err := l.tc.Programs[program].Run(&ebpf.RunOptions{Context: args, ContextOut: &args}); err != nil {
+	<-l.sweepers.loaded
+	if l.sweepers.err != nil {
+		return Swept{}, l.sweepers.err
+	}
+	if _, err := l.sweepers.programs[program].Run(&ebpf.RunOptions{Context: args, ContextOut: &args}); err != nil {
 		return Swept{}, fmt.Errorf("run %s: %w", program, err)
 	}
 	return Swept{
