@@ -16,7 +16,12 @@ const (
 	pathStatus   = "/v1/status"           // GET: Status
 	pathAllow    = "/v1/network/allow"    // POST Pair: Result
 	pathDisallow = "/v1/network/disallow" // POST Pair: Result
-	pathPublish  = "/v1/port/publish"     // POST PortBinding: Result
+	pathAnnounce = "/v1/port/announce"    // POST PortBinding: Result
+
+	// The verbs of Embedded, by their last word: POST.
+	pathNetwork = "/v1/network/"
+	pathSandbox = "/v1/sandbox/"
+	pathPort    = "/v1/port/"
 )
 
 // Status is what only a running daemon can say; the rest is in the snapshot.
@@ -38,17 +43,18 @@ type PortBinding struct {
 	Container netip.AddrPort `json:"container"`
 }
 
-// UnknownNetworkError says that there is no network of that name.
-type UnknownNetworkError struct {
+// UnknownError says that there is nothing of that name.
+type UnknownError struct {
+	What    string   `json:"what"` // "network" or "sandbox"
 	Name    string   `json:"name"`
 	Nearest []string `json:"nearest,omitempty"` // names that there are
 }
 
-func (e *UnknownNetworkError) Error() string {
+func (e *UnknownError) Error() string {
 	if len(e.Nearest) == 0 {
-		return fmt.Sprintf("network %q: no such network; no network is known yet", e.Name)
+		return fmt.Sprintf("%s %q: no such %[1]s; no %[1]s is known yet", e.What, e.Name)
 	}
-	return fmt.Sprintf("network %q: no such network; the nearest names are %s", e.Name, strings.Join(e.Nearest, ", "))
+	return fmt.Sprintf("%s %q: no such %[1]s; the nearest names are %[3]s", e.What, e.Name, strings.Join(e.Nearest, ", "))
 }
 
 // ErrNotRunning says that no daemon listens on the socket.
@@ -59,6 +65,6 @@ var ErrInUse = errors.New("another daemon listens there")
 
 // failure is the answer to a request that failed.
 type failure struct {
-	Error          string               `json:"error"`
-	UnknownNetwork *UnknownNetworkError `json:"unknown_network,omitempty"`
+	Error   string        `json:"error"`
+	Unknown *UnknownError `json:"unknown,omitempty"`
 }

@@ -22,10 +22,11 @@ import (
 
 // networks allows among the names that it holds.
 type networks struct {
-	mu      sync.Mutex
-	names   []string
-	allowed map[Pair]bool
-	fail    error
+	Embedded // nil: not asked here
+	mu       sync.Mutex
+	names    []string
+	allowed  map[Pair]bool
+	fail     error
 }
 
 func (n *networks) Status(context.Context) (Status, error) {
@@ -40,7 +41,7 @@ func (n *networks) set(p Pair, to bool) (bool, error) {
 	}
 	for _, name := range []string{p.A, p.B} {
 		if !strings.Contains(strings.Join(n.names, ","), name) {
-			return false, &UnknownNetworkError{Name: name, Nearest: n.names}
+			return false, &UnknownError{What: "network", Name: name, Nearest: n.names}
 		}
 	}
 	changed := n.allowed[p] != to
@@ -49,7 +50,7 @@ func (n *networks) set(p Pair, to bool) (bool, error) {
 }
 
 func (n *networks) Allow(_ context.Context, p Pair) (bool, error) { return n.set(p, true) }
-func (n *networks) Publish(_ context.Context, p PortBinding) error {
+func (n *networks) Announce(_ context.Context, p PortBinding) error {
 	if p.Proto == "sctp" {
 		return errors.New("no container has that address")
 	}
@@ -101,9 +102,9 @@ func TestVerbs(t *testing.T) {
 	}
 
 	_, err = c.Allow(t.Context(), Pair{"fe", "bee"})
-	var unknown *UnknownNetworkError
+	var unknown *UnknownError
 	require.ErrorAs(t, err, &unknown)
-	assert.Equal(t, &UnknownNetworkError{Name: "bee", Nearest: []string{"fe", "be"}}, unknown)
+	assert.Equal(t, &UnknownError{What: "network", Name: "bee", Nearest: []string{"fe", "be"}}, unknown)
 	assert.EqualError(t, err, `network "bee": no such network; the nearest names are fe, be`)
 
 	_, err = c.Allow(t.Context(), Pair{"fe", "fe"})
@@ -220,12 +221,12 @@ func TestSnapshot(t *testing.T) {
 	require.ErrorContains(t, err, filepath.Join(dir, SnapshotName))
 }
 
-func TestPublish(t *testing.T) {
+func TestAnnounce(t *testing.T) {
 	c := dial(t, serve(t, &networks{}))
 	b := PortBinding{
 		Proto: "tcp", Host: netip.MustParseAddrPort("[::]:8080"), Container: netip.MustParseAddrPort("172.17.0.2:80"),
 	}
-	require.NoError(t, c.Publish(t.Context(), b))
+	require.NoError(t, c.Announce(t.Context(), b))
 	b.Proto = "sctp"
-	require.EqualError(t, c.Publish(t.Context(), b), "no container has that address")
+	require.EqualError(t, c.Announce(t.Context(), b), "no container has that address")
 }

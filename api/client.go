@@ -67,9 +67,15 @@ func (c *Client) Disallow(ctx context.Context, p Pair) (changed bool, err error)
 	return r.Changed, err
 }
 
-// Publish has a port lead to a container that is about to start. It returns when it does.
-func (c *Client) Publish(ctx context.Context, p PortBinding) error {
-	return c.do(ctx, http.MethodPost, pathPublish, p, &Result{})
+// Announce has a port lead to a container that is about to start. It returns when it does.
+func (c *Client) Announce(ctx context.Context, p PortBinding) error {
+	return c.do(ctx, http.MethodPost, pathAnnounce, p, &Result{})
+}
+
+func call[A any](ctx context.Context, c *Client, path string, in any) (A, error) {
+	var out A
+	err := c.do(ctx, http.MethodPost, path, in, &out)
+	return out, err
 }
 
 func (c *Client) do(ctx context.Context, method, path string, in, out any) error {
@@ -96,8 +102,8 @@ func (c *Client) do(ctx context.Context, method, path string, in, out any) error
 		if err := dec.Decode(&f); err != nil || f.Error == "" {
 			return fmt.Errorf("socket %s: not a bpfnet daemon, or one of another version: it answers %q to %s", c.path, resp.Status, path)
 		}
-		if f.UnknownNetwork != nil {
-			return f.UnknownNetwork
+		if f.Unknown != nil {
+			return f.Unknown
 		}
 		return errors.New(f.Error)
 	}

@@ -14,27 +14,32 @@ import (
 	"path/filepath"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Handler does what clients ask for. Its methods are called concurrently.
 type Handler interface {
 	Status(ctx context.Context) (Status, error)
 	// Allow lets two networks talk, in both directions, from when it returns on. It fails with
-	// UnknownNetworkError. changed is false if they were allowed to already.
+	// UnknownError. changed is false if they were allowed to already.
 	Allow(ctx context.Context, p Pair) (changed bool, err error)
-	// Disallow takes Allow back. It fails with UnknownNetworkError for a name that is neither a
+	// Disallow takes Allow back. It fails with UnknownError for a name that is neither a
 	// network's nor part of an allowed pair.
 	Disallow(ctx context.Context, p Pair) (changed bool, err error)
-	// Publish has a port lead to a container that is about to start, from when it returns on.
-	Publish(ctx context.Context, p PortBinding) error
+	// Announce has a port lead to a container that is about to start, from when it returns on.
+	Announce(ctx context.Context, p PortBinding) error
+	Embedded
 }
 
 const (
 	socketMode = 0o660
 	// maxSocketPath is what struct sockaddr_un has room for, with its zero.
 	maxSocketPath = 107
-	// maxBody is far more than two names need.
-	maxBody = 1 << 16
+	// maxHeader is far more than our headers need.
+	maxHeader = 1 << 16
+	// maxBody has room for a command and its environment: the kernel takes no more than 2 MiB of them.
+	maxBody = 4 << 20
 	// requestTimeout: a verb waits for one round of reconciliation at most.
 	requestTimeout = 30 * time.Second
 	// shutdownTimeout is how long the end waits for requests under way.
@@ -113,7 +118,8 @@ func (s *Server) Run(ctx context.Context, l net.Listener) error {
 		Handler:           s.routes(),
 		ReadHeaderTimeout: requestTimeout,
 		ReadTimeout:       requestTimeout,
-		MaxHeaderBytes:    maxBody,
+		MaxHeaderBytes:    maxHeader,
+		ConnContext:       withPeer,
 	}
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve(l) }()
@@ -150,17 +156,74 @@ func (s *Server) routes() http.Handler {
 			answer(w, Result{changed}, err)
 		}
 	}
-	mux.HandleFunc("POST "+pathPublish, func(w http.ResponseWriter, r *http.Request) {
-		var p PortBinding
-		if err := readBody(w, r, &p); err != nil {
-			write(w, http.StatusBadRequest, failure{Error: err.Error()})
-			return
-		}
-		answer(w, Result{Changed: true}, s.h.Publish(r.Context(), p))
+	post(mux, pathAnnounce, func(ctx context.Context, p PortBinding) (Result, error) {
+		return Result{Changed: true}, s.h.Announce(ctx, p)
 	})
+	post(mux, pathNetwork+"create", s.h.CreateNetwork)
+	post(mux, pathNetwork+"remove", s.h.RemoveNetwork)
+	post(mux, pathNetwork+"connect", s.h.Connect)
+	post(mux, pathNetwork+"disconnect", s.h.Disconnect)
+	post(mux, pathSandbox+"create", s.h.CreateSandbox)
+	post(mux, pathSandbox+"inspect", s.h.Sandbox)
+	post(mux, pathSandbox+"start", s.h.StartSandbox)
+	post(mux, pathSandbox+"runs", s.h.SandboxRuns)
+	post(mux, pathSandbox+"ended", s.h.SandboxEnded)
+	post(mux, pathSandbox+"stop", s.h.StopSandbox)
+	post(mux, pathSandbox+"wait", s.h.WaitSandbox)
+	post(mux, pathSandbox+"remove", s.h.RemoveSandbox)
+	post(mux, pathPort+"publish", s.h.PublishPorts)
+	post(mux, pathPort+"unpublish", s.h.UnpublishPorts)
 	mux.HandleFunc("POST "+pathAllow, verb(s.h.Allow))
 	mux.HandleFunc("POST "+pathDisallow, verb(s.h.Disallow))
 	return mux
+}
+
+// post answers requests of one shape. A verb that has begun is not left half done because its client
+// went away: it ends with the daemon, or in its own time.
+func post[Q, A any](mux *http.ServeMux, path string, do func(context.Context, Q) (A, error)) {
+	mux.HandleFunc("POST "+path, func(w http.ResponseWriter, r *http.Request) {
+		var q Q
+		if err := readBody(w, r, &q); err != nil {
+			write(w, http.StatusBadRequest, failure{Error: err.Error()})
+			return
+		}
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), requestTimeout)
+		defer cancel()
+		a, err := do(ctx, q)
+		answer(w, a, err)
+	})
+}
+
+type peerKey struct{}
+
+// withPeer notes who has connected.
+func withPeer(ctx context.Context, c net.Conn) context.Context {
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		return ctx
+	}
+	raw, err := u.SyscallConn()
+	if err != nil {
+		return ctx
+	}
+	_ = raw.Control(func(fd uintptr) {
+		if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+			ctx = WithPeerPID(ctx, int(cred.Pid))
+		}
+	})
+	return ctx
+}
+
+// WithPeerPID is for callers of a Handler that are no connection: tests.
+func WithPeerPID(ctx context.Context, pid int) context.Context {
+	return context.WithValue(ctx, peerKey{}, pid)
+}
+
+// PeerPID is the ID of the process that made the request, as the kernel knows it when it connected;
+// 0 if that is unknown.
+func PeerPID(ctx context.Context) int {
+	pid, _ := ctx.Value(peerKey{}).(int)
+	return pid
 }
 
 func readBody(w http.ResponseWriter, r *http.Request, into any) error {
@@ -190,7 +253,7 @@ func answer(w http.ResponseWriter, v any, err error) {
 	}
 	f := failure{Error: err.Error()}
 	code := http.StatusInternalServerError
-	if errors.As(err, &f.UnknownNetwork) {
+	if errors.As(err, &f.Unknown) {
 		code = http.StatusNotFound
 	}
 	write(w, code, f)

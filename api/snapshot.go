@@ -10,8 +10,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 )
 
@@ -27,6 +29,7 @@ type Snapshot struct {
 	Attach  string    `json:"attach"` // "tcx" or "clsact"
 
 	Networks    []Network    `json:"networks"`
+	Sandboxes   []Sandbox    `json:"sandboxes"` // bpfnet's own, running or not
 	Endpoints   []Endpoint   `json:"endpoints"`
 	Ports       []Port       `json:"ports"`
 	Allowed     []Pair       `json:"allowed"`
@@ -44,6 +47,35 @@ type Network struct {
 	Subnets  []string `json:"subnets"`
 	Internal bool     `json:"internal,omitempty"`
 	NoICC    bool     `json:"no_icc,omitempty"`
+
+	Gateways []netip.Addr `json:"gateways,omitempty"`
+	// Of bpfnet's own networks only.
+	Created time.Time         `json:"created,omitzero"`
+	Ranges  []netip.Prefix    `json:"ranges,omitempty"`
+	Options map[string]string `json:"options,omitempty"`
+	Labels  map[string]string `json:"labels,omitempty"`
+}
+
+// Sandbox is a sandbox of bpfnet's own.
+type Sandbox struct {
+	ID         string    `json:"id"`
+	Name       string    `json:"name"`
+	Mode       string    `json:"mode,omitempty"` // as in SandboxSpec
+	Join       string    `json:"join,omitempty"` // the ID of the other sandbox
+	Status     string    `json:"status"`
+	Command    []string  `json:"command"`
+	Created    time.Time `json:"created"`
+	Started    time.Time `json:"started,omitzero"`
+	Ended      time.Time `json:"ended,omitzero"`
+	PID        int       `json:"pid,omitempty"`
+	StartTime  uint64    `json:"start_time,omitempty"` // of that process, ticks since boot: proc(5), stat
+	ExitCode   *int      `json:"exit_code,omitempty"`  // nil: unknown
+	Why        string    `json:"why,omitempty"`        // it ended otherwise than by itself
+	Hostname   string    `json:"hostname,omitempty"`
+	AutoRemove bool      `json:"auto_remove,omitempty"`
+	Dir        string    `json:"dir"`    // of its files: hosts, resolv.conf, log
+	Cgroup     string    `json:"cgroup"` // of its processes
+	Networks   []string  `json:"networks,omitempty"`
 }
 
 // Endpoint is one interface of a container.
@@ -52,7 +84,10 @@ type Endpoint struct {
 	ID        string   `json:"id"`
 	Name      string   `json:"name"` // the container's
 	SandboxID string   `json:"sandbox_id"`
+	Source    string   `json:"source"`
 	Network   string   `json:"network"` // its name
+	NetworkID string   `json:"network_id"`
+	Aliases   []string `json:"aliases,omitempty"`
 	Addresses []string `json:"addresses"`
 	MAC       string   `json:"mac"`
 	Link      string   `json:"link"` // of the host side
@@ -69,6 +104,7 @@ type Port struct {
 	Target    string `json:"target"` // address:port in the container
 	Endpoint  string `json:"endpoint"`
 	Container string `json:"container"`
+	SandboxID string `json:"sandbox_id"`
 	Network   string `json:"network"`
 }
 
@@ -115,13 +151,15 @@ func ReadSnapshot(stateDir string) (*Snapshot, error) {
 
 // WriteSnapshot replaces the snapshot below the state directory.
 func WriteSnapshot(stateDir string, s *Snapshot) error {
-	raw, err := json.MarshalIndent(s, "", "  ")
+	raw, err := json.Marshal(s)
 	if err != nil {
 		return fmt.Errorf("write snapshot: %w", err)
 	}
 	path := filepath.Join(stateDir, SnapshotName)
 	tmp := path + ".new"
-	if err := os.WriteFile(tmp, append(raw, '\n'), 0o644); err != nil {
+	if err := os.WriteFile(tmp, append(raw, '\n'), 0o644); errors.Is(err, syscall.ENOSPC) {
+		return fmt.Errorf("write snapshot: %w: free space there and try again", err)
+	} else if err != nil {
 		return fmt.Errorf("write snapshot: %w", err)
 	}
 	if err := os.Rename(tmp, path); err != nil {

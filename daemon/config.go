@@ -7,6 +7,7 @@ package daemon
 import (
 	"io"
 	"log/slog"
+	"net/netip"
 	"time"
 )
 
@@ -36,6 +37,10 @@ type Config struct {
 	// "bridge", whose own labels say nothing while iptables is off.
 	DefaultBridgeNoMasquerade bool
 	DefaultBridgeNoICC        bool
+
+	// DefaultSubnets are those of bpfnet's own default network, at most one a family; none: an IPv4
+	// one of the pools, and a generated IPv6 one.
+	DefaultSubnets []netip.Prefix
 
 	Version string
 	Logger  *slog.Logger

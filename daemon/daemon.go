@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"sync"
@@ -20,6 +21,7 @@ import (
 
 	"github.com/bpfnet/bpfnet/api"
 	"github.com/bpfnet/bpfnet/docker"
+	"github.com/bpfnet/bpfnet/embedded"
 	"github.com/bpfnet/bpfnet/loader"
 	bpfmaps "github.com/bpfnet/bpfnet/maps"
 	"github.com/bpfnet/bpfnet/netdev"
@@ -31,8 +33,9 @@ const (
 	// resyncEvery is how often maps, devices and sysctls are read back, whatever was announced.
 	resyncEvery = time.Minute
 	// settle is how long news is collected before the tables are compiled: one `docker run` makes
-	// a handful of events.
-	settle = 2 * time.Millisecond
+	// a handful of events. Where rounds take longer it is as long as one of them, up to maxSettle.
+	settle    = 2 * time.Millisecond
+	maxSettle = 50 * time.Millisecond
 	// sourceWait is how long readiness waits for the engine's first full state.
 	sourceWait = 5 * time.Second
 	// reservationWait is how long an engine's bare reservation socket is kept from the world.
@@ -43,11 +46,15 @@ const (
 	loIfindex      = 1
 )
 
+// SandboxDir holds the sandboxes' files, below the state directory.
+const SandboxDir = "sandboxes"
+
 // Daemon is one running instance.
 type Daemon struct {
-	cfg     Config
-	log     *slog.Logger
-	started time.Time
+	api.Embedded // is own
+	cfg          Config
+	log          *slog.Logger
+	started      time.Time
 
 	store    *store.Store
 	listener net.Listener
@@ -55,26 +62,31 @@ type Daemon struct {
 	loader   *loader.Loader
 	writer   *bpfmaps.Writer
 	docker   *docker.Source // nil: off
+	own      *embedded.Manager
 	timeouts map[string]time.Duration
 	cookie   uint64
 	seed     uint32
 
-	kick chan struct{}
+	kick   chan struct{} // news: a round soon
+	urgent chan struct{} // somebody waits: a round now
+	over   chan struct{} // closed when no round will begin any more
 
-	mu       sync.Mutex // of what follows: handed to the reconciler by others
-	state    policy.State
-	reported bool // the engine has reported its full state
-	bridges  map[string]bool
+	mu       sync.Mutex               // of what follows: handed to the reconciler by others
+	engine   policy.State             // Docker's
+	reported bool                     // the engine has reported its full state
+	bridges  map[string]policy.Source // of the served ones, by name
+	guarded  map[int]bool             // links that are about to become bridge ports
 	resync   bool
 	renew    bool
 	begun    uint64        // rounds, by number
 	ended    uint64        // the last round that has ended
+	failed   error         // its
 	news     chan struct{} // closed with it
 	// What the engine's port hook announced, and what leads somewhere as of the last round.
 	announced map[string]announced
 	published map[policy.PortKey]policy.PortRow
 
-	// Of the reconciler alone.
+	round    sync.Mutex // of what follows: one round after another
 	slots    policy.Slots
 	tables   policy.Tables
 	attached map[int]bool
@@ -82,7 +94,7 @@ type Daemon struct {
 	changes  []netdev.Change
 	problem  string // of the last round, so that it is logged once
 	snapshot *api.Snapshot
-	stored   policy.State // as the store has it
+	stored   policy.State // Docker's, as the store has it
 }
 
 // Run runs the daemon until ctx ends. The network runs on afterwards. An error before it serves means
@@ -99,9 +111,9 @@ func Run(ctx context.Context, cfg Config) error {
 // open checks everything that can be wrong before anything is changed.
 func open(cfg Config) (_ *Daemon, err error) {
 	d := &Daemon{
-		cfg: cfg, log: cfg.Logger, started: time.Now(), kick: make(chan struct{}, 1),
-		bridges: make(map[string]bool), attached: make(map[int]bool), announced: make(map[string]announced),
-		news: make(chan struct{}),
+		cfg: cfg, log: cfg.Logger, started: time.Now(), kick: make(chan struct{}, 1), urgent: make(chan struct{}, 1),
+		bridges: make(map[string]policy.Source), guarded: make(map[int]bool), attached: make(map[int]bool), announced: make(map[string]announced),
+		news: make(chan struct{}), over: make(chan struct{}),
 	}
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
@@ -141,6 +153,15 @@ func open(cfg Config) (_ *Daemon, err error) {
 	if err := d.remember(); err != nil {
 		return nil, err
 	}
+	d.own, err = embedded.New(embedded.Options{
+		Store: d.store, Devices: d.devices, Log: d.log,
+		Dir: filepath.Join(cfg.State, SandboxDir), Cgroup: cfg.Cgroup, DefaultSubnets: cfg.DefaultSubnets,
+		Foreign: d.foreign, Guard: d.guard, Apply: d.Flush, Ready: d.ready, Show: d.show,
+	})
+	if err != nil {
+		return nil, err
+	}
+	d.Embedded = d.own
 	d.loader, err = loader.Load(loader.Options{
 		Paths: loader.Paths{BPFFS: cfg.BPFFS, Cgroup: cfg.Cgroup}, Attach: cfg.Attach, Flows: cfg.Flows,
 		Classifier: netdev.Clsact{},
@@ -165,9 +186,10 @@ func (d *Daemon) remember() error {
 	}
 	d.slots = slots
 	if d.docker != nil {
-		if d.state, _, err = d.store.State(policy.SourceDocker); err != nil {
+		if d.engine, _, err = d.store.State(policy.SourceDocker); err != nil {
 			return err
 		}
+		d.stored = d.engine
 	}
 	saved, err := d.store.Sysctls()
 	if err != nil {
@@ -180,6 +202,9 @@ func (d *Daemon) remember() error {
 }
 
 func (d *Daemon) close() {
+	if d.own != nil {
+		d.own.Close()
+	}
 	if d.loader != nil {
 		d.loader.Close()
 	}
@@ -212,6 +237,10 @@ func (d *Daemon) run(ctx context.Context) error {
 			d.attached[a.Ifindex] = true
 		}
 	}
+	// Bridges and links first: what they carry is in the first round's tables.
+	if err := d.own.Restore(ctx); err != nil {
+		return err
+	}
 	// Before the first round these programs see an empty config and do nothing.
 	if err := d.loader.AttachCgroup(); err != nil {
 		return err
@@ -219,10 +248,8 @@ func (d *Daemon) run(ctx context.Context) error {
 	if err := d.reconcile(); err != nil {
 		return fmt.Errorf("first round: %w", err)
 	}
-	if _, err := d.loader.Expire(); err != nil {
-		return err
-	}
 	group.Go(func() error { return api.NewServer(d).Run(ctx, d.listener) })
+	group.Go(func() error { return d.own.Run(ctx) })
 	group.Go(func() error { return d.watch(ctx, events) })
 	group.Go(func() error { return d.reconcileLoop(ctx) })
 	group.Go(func() error { return d.expireLoop(ctx) })
@@ -233,10 +260,15 @@ func (d *Daemon) run(ctx context.Context) error {
 	return group.Wait()
 }
 
-// announce tells systemd and the user when the daemon serves: at once without an engine, else when
-// its first state is in the maps.
+// announce tells systemd and the user when the daemon serves: without an engine when its own default
+// network is there, else when the engine's first state is in the maps. An engine without a socket is
+// not waited for.
 func (d *Daemon) announce(ctx context.Context) error {
-	if d.docker != nil {
+	if d.docker == nil {
+		if err := d.own.Default(ctx); err != nil && ctx.Err() == nil {
+			d.log.Error("make the default network", "err", err)
+		}
+	} else if d.docker.Exists() {
 		timer := time.NewTimer(sourceWait)
 		defer timer.Stop()
 		select {
@@ -245,8 +277,9 @@ func (d *Daemon) announce(ctx context.Context) error {
 		case <-timer.C:
 			d.log.Warn("serving without the engine's state for now", "docker", d.docker.Status().LastError)
 		case <-d.docker.Ready():
-			if err := d.Flush(ctx); err != nil {
-				return nil //nolint:nilerr // the context ended
+			// A round that failed is logged, and is no reason to hold the Engine up.
+			if _ = d.Flush(ctx); ctx.Err() != nil {
+				return nil
 			}
 		}
 	}
@@ -265,14 +298,16 @@ func (d *Daemon) announce(ctx context.Context) error {
 // update takes a source's full state.
 func (d *Daemon) update(s policy.State) {
 	d.mu.Lock()
-	d.state, d.reported = s, true
+	d.engine, d.reported = s, true
 	d.mu.Unlock()
 	d.wake()
 }
 
-func (d *Daemon) wake() {
+func (d *Daemon) wake() { signal(d.kick) }
+
+func signal(c chan struct{}) {
 	select {
-	case d.kick <- struct{}{}:
+	case c <- struct{}{}:
 	default:
 	}
 }
@@ -282,7 +317,7 @@ func (d *Daemon) wake() {
 func (d *Daemon) watch(ctx context.Context, events <-chan netdev.Event) error {
 	for ev := range events {
 		d.mu.Lock()
-		served := d.bridges[ev.MasterName]
+		source, served := d.bridges[ev.MasterName]
 		switch ev.Kind {
 		case netdev.Resync:
 			d.resync = true
@@ -301,7 +336,7 @@ func (d *Daemon) watch(ctx context.Context, events <-chan netdev.Event) error {
 					}
 				}
 			}
-			if served && d.docker != nil {
+			if source == policy.SourceDocker && d.docker != nil {
 				d.docker.Refresh(ev.MasterName)
 			}
 		}
@@ -314,9 +349,10 @@ func (d *Daemon) watch(ctx context.Context, events <-chan netdev.Event) error {
 }
 
 func (d *Daemon) reconcileLoop(ctx context.Context) error {
+	defer close(d.over)
 	tick := time.NewTicker(resyncEvery)
 	defer tick.Stop()
-	for {
+	for took := time.Duration(0); ; {
 		select {
 		case <-ctx.Done():
 			return nil
@@ -324,16 +360,21 @@ func (d *Daemon) reconcileLoop(ctx context.Context) error {
 			d.mu.Lock()
 			d.resync = true
 			d.mu.Unlock()
+		case <-d.urgent:
 		case <-d.kick:
-			timer := time.NewTimer(settle)
+			timer := time.NewTimer(min(max(took, settle), maxSettle))
 			select {
 			case <-ctx.Done():
 				timer.Stop()
 				return nil
+			case <-d.urgent:
+				timer.Stop()
 			case <-timer.C:
 			}
 		}
+		began := time.Now()
 		err := d.reconcile()
+		took = time.Since(began)
 		if text := fmt.Sprint(err); err != nil && text != d.problem {
 			d.log.Error("reconcile; it goes on with the next round", "err", err)
 			d.problem = text
@@ -354,6 +395,10 @@ func (d *Daemon) expireLoop(ctx context.Context) error {
 	every := maxExpireEvery
 	for _, t := range d.timeouts {
 		every = min(every, max(t/2, time.Second))
+	}
+	// Once at the start, which arms the kernel's timer.
+	if _, err := d.loader.Expire(); err != nil {
+		return err
 	}
 	tick := time.NewTicker(every)
 	defer tick.Stop()
@@ -377,30 +422,41 @@ func (d *Daemon) expireLoop(ctx context.Context) error {
 }
 
 // reconcile brings devices and maps to what the sources say. Level-triggered and idempotent.
-func (d *Daemon) reconcile() error {
+func (d *Daemon) reconcile() (err error) {
+	d.round.Lock()
+	defer d.round.Unlock()
 	d.mu.Lock()
-	state, reported, resync, renew := d.state, d.reported || d.docker == nil, d.resync, d.renew
+	engine, state := d.state()
+	reported, resync, renew := d.reported || d.docker == nil, d.resync, d.renew
 	d.resync, d.renew = false, false
-	state = d.withAnnounced(state)
 	served := make(map[string]bool)
+	clear(d.bridges)
 	for _, n := range state.Networks {
 		served[n.Bridge] = true
+		d.bridges[n.Bridge] = n.Source
 	}
-	d.bridges = served
 	d.begun++
 	round := d.begun
 	d.mu.Unlock()
-	defer d.endRound(round)
-
-	var errs []error
+	// What a device refused is no failure of a verb about others: whether its own are served, it asks.
+	var errs, ofDevices []error
+	defer func() {
+		d.endRound(round, err)
+		err = errors.Join(append(ofDevices, err)...)
+	}()
 	if resync {
 		errs = append(errs, d.writer.Resync())
 	}
+	// Before the look at the devices: what is attached after it, to a device that this round does not
+	// know, is for the next round to judge.
+	pinned, err := d.loader.Pinned()
+	errs = append(errs, err)
 	devices, err := d.devices.Snapshot(served)
 	if err != nil {
 		return err
 	}
 	d.seen = devices
+	d.settleGuards(devices)
 	settings, err := d.settings(devices)
 	errs = append(errs, err)
 	pairs, err := d.store.Allowed()
@@ -410,17 +466,35 @@ func (d *Daemon) reconcile() error {
 		in.Allowed = append(in.Allowed, [2]string{p.A, p.B})
 	}
 
+	if !reflect.DeepEqual(engine, d.stored) {
+		if err := d.store.SetState(policy.SourceDocker, engine); err != nil {
+			return err
+		}
+		d.stored = engine
+	}
+
 	// First the maps, as far as the guards stand; then the guards; then what they make possible.
 	errs = append(errs, d.apply(in, settings))
-	changed, err := d.attach(devices, served, reported)
-	errs = append(errs, err)
+	changed, err := d.attach(devices, served, pinned, reported)
+	ofDevices = append(ofDevices, err)
 	if changed {
+		in.Attached = d.attached
 		errs = append(errs, d.apply(in, settings))
 	} else if renew {
 		errs = append(errs, d.writer.Renew())
 	}
 	errs = append(errs, d.writeSnapshot(state))
 	return errors.Join(errs...)
+}
+
+// state is the engine's, and that with our own. The caller holds d.mu.
+func (d *Daemon) state() (engine, all policy.State) {
+	a, b := d.withAnnounced(d.engine), d.own.State()
+	return a, policy.State{
+		Networks:  slices.Concat(a.Networks, b.Networks),
+		Endpoints: slices.Concat(a.Endpoints, b.Endpoints),
+		Ports:     slices.Concat(a.Ports, b.Ports),
+	}
 }
 
 // apply compiles and writes. Slots are remembered before they are used, so that a crash in between
@@ -432,12 +506,6 @@ func (d *Daemon) apply(in policy.Intents, settings bpfmaps.Settings) error {
 		if err := d.store.SetSlots(slots); err != nil {
 			return err
 		}
-	}
-	if !reflect.DeepEqual(in.State, d.stored) {
-		if err := d.store.SetState(policy.SourceDocker, in.State); err != nil {
-			return err
-		}
-		d.stored = in.State
 	}
 	res, err := d.writer.Apply(tables, settings)
 	if err != nil {
@@ -456,9 +524,9 @@ func slotsEqual(a, b policy.Slots) bool {
 	return mapsEqual(a.Networks, b.Networks) && mapsEqual(a.Endpoints, b.Endpoints) && mapsEqual(a.Ports, b.Ports)
 }
 
-// attach puts programs where they belong and takes them from where they do not. It reports whether a
-// container's interface was newly guarded.
-func (d *Daemon) attach(devices policy.Devices, served map[string]bool, reported bool) (bool, error) {
+// attach puts programs where they belong and takes those of pinned from where they do not. It reports
+// whether a container's interface was newly guarded.
+func (d *Daemon) attach(devices policy.Devices, served map[string]bool, pinned []loader.Attachment, reported bool) (bool, error) {
 	type place struct {
 		program string
 		ifindex int
@@ -473,6 +541,12 @@ func (d *Daemon) attach(devices policy.Devices, served map[string]bool, reported
 		want[place{loader.FromContainer, l.Ifindex}] = true
 		want[place{loader.ToContainer, l.Ifindex}] = true
 	}
+	d.mu.Lock()
+	for ifindex := range d.guarded {
+		want[place{loader.FromContainer, ifindex}] = true
+		want[place{loader.ToContainer, ifindex}] = true
+	}
+	d.mu.Unlock()
 	for _, u := range devices.Uplinks {
 		if u.Ethernet {
 			want[place{loader.FromUplink, u.Ifindex}] = true
@@ -500,8 +574,6 @@ func (d *Daemon) attach(devices policy.Devices, served map[string]bool, reported
 	d.attached = attached
 
 	// Before the engine has spoken once, its networks are only remembered: nothing is taken down.
-	pinned, err := d.loader.Pinned()
-	errs = append(errs, err)
 	for _, a := range pinned {
 		if a.Hook == "cgroup" || want[place{a.Program, a.Ifindex}] || (!reported && deviceExists(a.Ifindex)) {
 			continue
@@ -578,92 +650,43 @@ func (d *Daemon) saveChanges() error {
 	return d.store.SetSysctls(out)
 }
 
-// Flush waits until a round that began after the call has ended, well or not.
+// errStopping is for those who wait for a round that will not come.
+var errStopping = errors.New("the daemon is stopping")
+
+// Flush waits until a round that began after the call has ended, and fails if that did not bring the
+// maps about, or if the daemon stops.
 func (d *Daemon) Flush(ctx context.Context) error {
 	d.mu.Lock()
 	after := d.begun
 	d.mu.Unlock()
-	d.wake()
+	signal(d.urgent)
 	for {
 		d.mu.Lock()
-		ended, news := d.ended, d.news
+		ended, failed, news := d.ended, d.failed, d.news
 		d.mu.Unlock()
 		if ended > after {
-			return nil
+			return failed
 		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
+		case <-d.over:
+			return errStopping
 		case <-news:
 		}
 	}
 }
 
 // endRound tells those who wait in Flush.
-func (d *Daemon) endRound(round uint64) {
+func (d *Daemon) endRound(round uint64, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.ended = round
+	d.ended, d.failed = round, err
 	close(d.news)
 	d.news = make(chan struct{})
-}
-
-// networkNames are the names that allow and disallow take.
-func (d *Daemon) networkNames() []string {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	var names []string
-	for _, n := range d.state.Networks {
-		names = append(names, n.Name)
-	}
-	slices.Sort(names)
-	return names
-}
-
-// checkName fails with api.UnknownNetworkError where no network has the name.
-func (d *Daemon) checkName(name string) error {
-	names := d.networkNames()
-	if slices.Contains(names, name) {
-		return nil
-	}
-	return &api.UnknownNetworkError{Name: name, Nearest: netdev.Nearest(name, names)}
 }
 
 // Status says who serves.
 func (d *Daemon) Status(context.Context) (api.Status, error) {
 	return api.Status{Version: d.cfg.Version, PID: os.Getpid(), Started: d.started}, nil
-}
-
-// Allow lets two networks talk, both directions, from when it returns on.
-func (d *Daemon) Allow(ctx context.Context, p api.Pair) (bool, error) {
-	for _, name := range []string{p.A, p.B} {
-		if err := d.checkName(name); err != nil {
-			return false, err
-		}
-	}
-	if p.A == p.B {
-		return false, fmt.Errorf("network %q: is one network; name two", p.A)
-	}
-	changed, err := d.store.Allow(p.A, p.B)
-	if err != nil {
-		return false, err
-	}
-	return changed, d.Flush(ctx)
-}
-
-// Disallow takes Allow back; flows that it had made possible end. The names of networks that are gone
-// will do.
-func (d *Daemon) Disallow(ctx context.Context, p api.Pair) (bool, error) {
-	changed, err := d.store.Disallow(p.A, p.B)
-	if err != nil {
-		return false, err
-	}
-	if !changed {
-		for _, name := range []string{p.A, p.B} {
-			if err := d.checkName(name); err != nil {
-				return false, err
-			}
-		}
-	}
-	return changed, d.Flush(ctx)
 }

@@ -4,6 +4,7 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"time"
@@ -27,9 +28,9 @@ type announced struct {
 	until time.Time
 }
 
-// Publish takes a port from the engine's port hook, before the container's process starts. It
+// Announce takes a port from the engine's port hook, before the container's process starts. It
 // returns when the port leads to the container.
-func (d *Daemon) Publish(ctx context.Context, p api.PortBinding) error {
+func (d *Daemon) Announce(ctx context.Context, p api.PortBinding) error {
 	proto, err := policy.ParseProto(p.Proto)
 	if err != nil {
 		return err
@@ -47,7 +48,10 @@ func (d *Daemon) Publish(ctx context.Context, p api.PortBinding) error {
 			d.announced[port.ID()] = announced{port, time.Now().Add(hookLife)}
 			d.mu.Unlock()
 		}
-		if err := d.Flush(ctx); err != nil {
+		// A round that failed elsewhere may have brought the port about all the same.
+		if err := d.Flush(ctx); errors.Is(err, errStopping) {
+			return err
+		} else if ctx.Err() != nil {
 			return fmt.Errorf("publish %s: no container with the address %s is known after %s", key.Host, p.Container.Addr(), hookWait)
 		}
 		d.mu.Lock()
@@ -65,7 +69,7 @@ func (d *Daemon) Publish(ctx context.Context, p api.PortBinding) error {
 func (d *Daemon) endpointWith(a netip.Addr) (policy.Endpoint, bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for _, e := range d.state.Endpoints {
+	for _, e := range d.engine.Endpoints {
 		for _, have := range e.Addrs {
 			if have.Unmap() == a {
 				return e, true
@@ -79,7 +83,7 @@ func (d *Daemon) endpointWith(a netip.Addr) (policy.Endpoint, bool) {
 func (d *Daemon) bridgeFor(a netip.Addr) string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for _, n := range d.state.Networks {
+	for _, n := range d.engine.Networks {
 		for _, s := range n.Subnets {
 			if s.Contains(a.Unmap()) {
 				return n.Bridge

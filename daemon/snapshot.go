@@ -40,12 +40,17 @@ func (d *Daemon) writeSnapshot(state policy.State) error {
 		Version: d.cfg.Version, PID: os.Getpid(), Started: d.started, Written: time.Now(),
 		Attach: d.loader.AttachName(),
 	}
+	own := d.own.View()
+	s.Sandboxes = own.Sandboxes
 	networks := make(map[string]policy.Network)
 	for _, n := range state.Networks {
 		networks[n.ID] = n
 		row := api.Network{
 			Slot: d.slots.Networks[n.ID], ID: n.ID, Name: n.Name, Source: string(n.Source), Bridge: n.Bridge,
-			Internal: n.Internal, NoICC: n.NoICC,
+			Internal: n.Internal, NoICC: n.NoICC, Gateways: n.Gateways,
+		}
+		if extra, ok := own.Networks[n.ID]; ok {
+			row.Created, row.Ranges, row.Options, row.Labels = extra.Created, extra.Ranges, extra.Options, extra.Labels
 		}
 		for _, p := range n.Subnets {
 			row.Subnets = append(row.Subnets, p.String())
@@ -62,7 +67,8 @@ func (d *Daemon) writeSnapshot(state policy.State) error {
 		endpoints[slot] = e
 		row := api.Endpoint{
 			Slot: slot, ID: e.ID, Name: e.Name, SandboxID: e.SandboxID, MAC: e.MAC.String(),
-			Network: networks[e.NetworkID].Name, Why: d.tables.Waiting[e.ID],
+			Source: string(e.Source), Network: networks[e.NetworkID].Name, NetworkID: e.NetworkID,
+			Aliases: own.Aliases[e.ID], Why: d.tables.Waiting[e.ID],
 		}
 		for _, a := range e.Addrs {
 			row.Addresses = append(row.Addresses, a.String())
@@ -77,7 +83,8 @@ func (d *Daemon) writeSnapshot(state policy.State) error {
 		e := endpoints[r.Endpoint]
 		s.Ports = append(s.Ports, api.Port{
 			Slot: r.Slot, Proto: key.Proto.String(), Host: key.Host.String(), Target: r.Target.String(),
-			Endpoint: e.ID, Container: e.Name, Network: networks[e.NetworkID].Name,
+			Endpoint: e.ID, Container: e.Name, SandboxID: e.SandboxID,
+			Network: networks[e.NetworkID].Name,
 		})
 	}
 	pairs, err := d.store.Allowed()
@@ -85,7 +92,7 @@ func (d *Daemon) writeSnapshot(state policy.State) error {
 		return err
 	}
 	for _, p := range pairs {
-		s.Allowed = append(s.Allowed, api.Pair{A: p.A, B: p.B})
+		s.Allowed = append(s.Allowed, api.Pair{A: shortName(p.A, state.Networks), B: shortName(p.B, state.Networks)})
 	}
 	s.Attachments = d.attachments()
 	if d.docker != nil {
@@ -147,28 +154,37 @@ func writeBanner(w io.Writer, cfg Config, s *api.Snapshot) {
 		}
 	}
 	fmt.Fprintf(w, "bpfnet %s serves: uplinks %s; bridges %s; by %s\n", cfg.Version, list(uplinks), list(bridges), s.Attach)
+	docker := false
 	for _, src := range s.Sources {
 		if src.Name != "docker" {
 			continue
 		}
-		if src.Connected {
+		if docker = src.Connected; docker {
 			fmt.Fprintf(w, "Docker Engine %s at %s: %d networks, %d endpoints, %d published ports\n",
 				src.Detail, cfg.Docker, len(s.Networks), len(s.Endpoints), len(s.Ports))
 		} else {
 			fmt.Fprintf(w, "Docker Engine: %s; it is served as soon as it answers\n", src.Detail)
 		}
 	}
-	next := "bpfnet status; bpfnet stats"
-	if cfg.Docker != "off" {
-		next += "; docker run -d -p 8080:80 nginx"
+	next := "bpfnet status; bpfnet stats; "
+	if docker {
+		next += "docker run -d -p 8080:80 nginx"
+	} else {
+		next += "bpfnet run -d -p 8080:8000 python3 -m http.server"
 	}
 	fmt.Fprintln(w, "Next, in another terminal:", next)
 	fmt.Fprintln(w, "Stopping the daemon leaves the network running; bpfnet cleanup takes everything away.")
 }
 
+// listed is how many names a line of the banner has room for.
+const listed = 8
+
 func list(names []string) string {
-	if len(names) == 0 {
+	switch {
+	case len(names) == 0:
 		return "none"
+	case len(names) > listed:
+		return fmt.Sprintf("%s and %d more", strings.Join(names[:listed], ", "), len(names)-listed)
 	}
 	return strings.Join(names, ", ")
 }

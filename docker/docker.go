@@ -18,6 +18,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -83,6 +84,12 @@ type Source struct {
 
 	mu     sync.Mutex
 	status Status
+}
+
+// Exists reports whether there is a socket to connect to.
+func (s *Source) Exists() bool {
+	_, err := os.Stat(s.socket)
+	return err == nil
 }
 
 // New checks the options. It does not connect: the Engine may be absent.

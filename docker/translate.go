@@ -31,9 +31,6 @@ const (
 // addresses or prefixes, separated by commas.
 const labelAllowed = "bpfnet.allowed_addresses"
 
-// gwbridge is the network that gives swarm's containers their way out.
-const gwbridge = "docker_gwbridge"
-
 // binding is one published port, as asked for or as allocated.
 type binding struct {
 	proto    policy.Proto
@@ -152,86 +149,6 @@ func isFalse(label string) bool {
 	return err == nil && !b
 }
 
-// candidate is an endpoint that could be a container's way out.
-type candidate struct {
-	endpoint string
-	network  string // name
-	bridge   bool   // of the bridge driver: only those publish
-	internal bool
-	priority int
-	v4, v6   bool // has a gateway of that family
-}
-
-// gatewayEndpoint returns the endpoints that carry a container's published ports of each
-// family; empty if there is none. They are the first with a gateway of that family in the
-// Engine's order: by priority, docker_gwbridge last, internal networks never, more families
-// first, then by the network's name. Engines before 28 have one gateway for both families,
-// which by this order is the same endpoint.
-func gatewayEndpoint(list []candidate) (v4, v6 string) {
-	families := func(c candidate) int { // as Engine 20.10 scores
-		n := 0
-		if c.v4 {
-			n++
-		}
-		if c.v6 {
-			n += 2
-		}
-		return n
-	}
-	last := func(c candidate) int {
-		if c.network == gwbridge {
-			return 1
-		}
-		return 0
-	}
-	sorted := slices.Clone(list)
-	slices.SortFunc(sorted, func(a, b candidate) int {
-		return cmp.Or(
-			cmp.Compare(b.priority, a.priority),
-			cmp.Compare(last(a), last(b)),
-			cmp.Compare(families(b), families(a)),
-			cmp.Compare(a.network, b.network),
-		)
-	})
-	var done4, done6 bool
-	for _, c := range sorted {
-		if c.internal {
-			continue
-		}
-		if c.v4 && !done4 {
-			done4 = true
-			if c.bridge {
-				v4 = c.endpoint
-			}
-		}
-		if c.v6 && !done6 {
-			done6 = true
-			if c.bridge {
-				v6 = c.endpoint
-			}
-		}
-	}
-	return v4, v6
-}
-
-// expandPort returns the host addresses and ports of a binding that was asked for, as the
-// Engine allocates them. Without an address it stands for the network's default one, or else
-// for all IPv4 addresses and, if the container has an IPv6 address, all IPv6 ones. An address
-// that was given stands for itself, 0.0.0.0 for IPv4 only.
-func expandPort(b binding, hostBinding netip.Addr, has6 bool) []netip.AddrPort {
-	switch {
-	case b.hostIP.IsValid():
-		return []netip.AddrPort{netip.AddrPortFrom(b.hostIP.Unmap(), b.hostPort)}
-	case hostBinding.IsValid():
-		return []netip.AddrPort{netip.AddrPortFrom(hostBinding, b.hostPort)}
-	}
-	out := []netip.AddrPort{netip.AddrPortFrom(netip.IPv4Unspecified(), b.hostPort)}
-	if has6 {
-		out = append(out, netip.AddrPortFrom(netip.IPv6Unspecified(), b.hostPort))
-	}
-	return out
-}
-
 // actualBindings reads the ports of a container inspect.
 func actualBindings(ports network.PortMap) []binding {
 	var out []binding
@@ -293,8 +210,8 @@ func parseAllowed(label string) []netip.Prefix {
 // is sorted, so that equal input gives equal output.
 func buildState(networks []network.Inspect, wishes map[string]wish, runs map[string]run, def DefaultBridgeSettings) policy.State {
 	var st policy.State
-	binding4 := make(map[string]netip.Addr)  // endpoint → default host address of its network
-	gateways := make(map[string][]candidate) // sandbox →
+	binding4 := make(map[string]netip.Addr)         // endpoint → default host address of its network
+	gateways := make(map[string][]policy.Candidate) // sandbox →
 	for _, n := range networks {
 		net, eps, ok := translateNetwork(n, def)
 		if ok {
@@ -309,14 +226,14 @@ func buildState(networks []network.Inspect, wishes map[string]wish, runs map[str
 			continue
 		}
 		for key, r := range n.Containers {
-			gateways[key] = append(gateways[key], candidate{
-				endpoint: cmp.Or(r.EndpointID, key),
-				network:  n.Name,
-				bridge:   ok,
-				internal: n.Internal,
-				priority: runs[key].endpoints[r.EndpointID],
-				v4:       r.IPv4Address.IsValid(),
-				v6:       r.IPv6Address.IsValid(),
+			gateways[key] = append(gateways[key], policy.Candidate{
+				Endpoint: cmp.Or(r.EndpointID, key),
+				Network:  n.Name,
+				Bridge:   ok,
+				Internal: n.Internal,
+				Priority: runs[key].endpoints[r.EndpointID],
+				V4:       r.IPv4Address.IsValid(),
+				V6:       r.IPv6Address.IsValid(),
 			})
 		}
 	}
@@ -331,7 +248,7 @@ func buildState(networks []network.Inspect, wishes map[string]wish, runs map[str
 			wanted = append(wanted, id)
 			continue
 		}
-		v4, v6 := gatewayEndpoint(gateways[id])
+		v4, v6 := policy.GatewayEndpoints(gateways[id])
 		for _, b := range r.bindings {
 			host := b.hostIP
 			if !host.IsValid() {
@@ -341,10 +258,10 @@ func buildState(networks []network.Inspect, wishes map[string]wish, runs map[str
 		}
 	}
 	for _, id := range wanted {
-		v4, v6 := gatewayEndpoint(gateways[id])
+		v4, v6 := policy.GatewayEndpoints(gateways[id])
 		for _, b := range wishes[id].fixed {
-			for _, host := range expandPort(b, binding4[cmp.Or(v4, v6)], v6 != "") {
-				if !taken(st.Ports, b.proto, host) {
+			for _, host := range policy.ExpandHost(b.hostIP, b.hostPort, binding4[cmp.Or(v4, v6)], v6 != "") {
+				if _, taken := policy.Taken(st.Ports, b.proto, host); !taken {
 					st.Ports = appendPort(st.Ports, b, host, v4, v6)
 				}
 			}
@@ -379,9 +296,9 @@ func givesGateway(n network.Inspect) bool {
 }
 
 // current reports whether the run is the one that the endpoints belong to.
-func (r run) current(list []candidate) bool {
-	return slices.ContainsFunc(list, func(c candidate) bool {
-		_, ok := r.endpoints[c.endpoint]
+func (r run) current(list []policy.Candidate) bool {
+	return slices.ContainsFunc(list, func(c policy.Candidate) bool {
+		_, ok := r.endpoints[c.Endpoint]
 		return ok
 	})
 }
@@ -397,13 +314,4 @@ func appendPort(ports []policy.Port, b binding, host netip.AddrPort, v4, v6 stri
 		return ports
 	}
 	return append(ports, policy.Port{Proto: b.proto, Host: host, EndpointID: ep, Target: b.target})
-}
-
-// taken reports whether a port excludes another on the same host address.
-func taken(ports []policy.Port, proto policy.Proto, host netip.AddrPort) bool {
-	return slices.ContainsFunc(ports, func(p policy.Port) bool {
-		a, b := p.Host.Addr(), host.Addr()
-		return p.Proto == proto && p.Host.Port() == host.Port() && a.Is4() == b.Is4() &&
-			(a == b || a.IsUnspecified() || b.IsUnspecified())
-	})
 }

@@ -173,69 +173,6 @@ func TestTranslateEndpoints(t *testing.T) {
 	}, eps)
 }
 
-func TestGatewayEndpoint(t *testing.T) {
-	br := func(name string, v4, v6 bool) candidate {
-		return candidate{endpoint: name, network: name, bridge: true, v4: v4, v6: v6}
-	}
-	internal := func(c candidate) candidate { c.internal = true; return c }
-	prio := func(c candidate, p int) candidate { c.priority = p; return c }
-	other := func(c candidate) candidate { c.bridge = false; return c }
-	for _, c := range []struct {
-		name   string
-		list   []candidate
-		v4, v6 string
-	}{
-		{"none", nil, "", ""},
-		{"one", []candidate{br("a", true, false)}, "a", ""},
-		{"by name", []candidate{br("b", true, false), br("a", true, false)}, "a", ""},
-		{"more families before name", []candidate{br("a", true, false), br("b", true, true)}, "b", "b"},
-		{"internal never", []candidate{internal(br("a", true, true)), br("b", true, false)}, "b", ""},
-		{"only internal", []candidate{internal(br("a", true, true))}, "", ""},
-		{"gwbridge last", []candidate{br("docker_gwbridge", true, true), br("z", true, false)}, "z", "docker_gwbridge"},
-		{"only gwbridge", []candidate{br("docker_gwbridge", true, false)}, "docker_gwbridge", ""},
-		{"priority before all", []candidate{br("a", true, true), prio(br("b", true, false), 1)}, "b", "a"},
-		{"one for each family", []candidate{br("a", true, false), br("b", false, true)}, "a", "b"},
-		{"macvlan is the way out", []candidate{other(br("a", true, false)), br("b", true, false)}, "", ""},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			v4, v6 := gatewayEndpoint(c.list)
-			require.Equal(t, [2]string{c.v4, c.v6}, [2]string{v4, v6})
-		})
-	}
-}
-
-func TestExpandPort(t *testing.T) {
-	for _, c := range []struct {
-		hostIP, hostBinding string
-		has6                bool
-		want                string
-	}{
-		{"", "", false, "0.0.0.0:80"},
-		{"", "", true, "0.0.0.0:80 [::]:80"},
-		{"0.0.0.0", "", true, "0.0.0.0:80"},
-		{"::", "", false, "[::]:80"},
-		{"::", "", true, "[::]:80"},
-		{"127.0.0.1", "192.0.2.1", true, "127.0.0.1:80"},
-		{"::ffff:127.0.0.1", "", true, "127.0.0.1:80"},
-		{"", "192.0.2.1", true, "192.0.2.1:80"},
-		{"", "2001:db8::1", true, "[2001:db8::1]:80"},
-	} {
-		b := binding{proto: policy.TCP, target: 1, hostPort: 80}
-		if c.hostIP != "" {
-			b.hostIP = netip.MustParseAddr(c.hostIP)
-		}
-		var hb netip.Addr
-		if c.hostBinding != "" {
-			hb = netip.MustParseAddr(c.hostBinding)
-		}
-		var got []string
-		for _, ap := range expandPort(b, hb, c.has6) {
-			got = append(got, ap.String())
-		}
-		require.Equal(t, c.want, strings.Join(got, " "), "%+v", c)
-	}
-}
-
 func TestFixedBindings(t *testing.T) {
 	for text, want := range map[string][]binding{
 		`{}`: nil,
