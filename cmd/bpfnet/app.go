@@ -32,14 +32,20 @@ const (
 type App struct {
 	Stdout, Stderr io.Writer
 	Now            func() time.Time
-	ProcStatus     string // /proc/self/status: what this process may do
-	ProcMounts     string // /proc/mounts: where cgroup2 is
+	Std            [3]*os.File // what the commands in sandboxes get
+	ProcStatus     string      // /proc/self/status: what this process may do
+	ProcMounts     string      // /proc/mounts: where cgroup2 is
 	Version        string
+	Environ        func() []string
+	Getwd          func() (string, error)
 
 	RunDaemon      func(context.Context, daemon.Config) error
+	Alive          func(pid int, startTime uint64) bool
+	HasLink        func(ifindex int) bool
 	OpenCounters   func(bpffs string) (counters, error)
 	RemovePrograms func(loader.Paths) error
 	RestoreSysctls func([]store.Change) error
+	RemoveOwn      func(st *store.Store, dir, cgroup string, force bool) error
 
 	paths daemon.Paths
 }
@@ -59,9 +65,14 @@ func newApp() *App {
 		Stdout:     os.Stdout,
 		Stderr:     os.Stderr,
 		Now:        time.Now,
+		Std:        [3]*os.File{os.Stdin, os.Stdout, os.Stderr},
 		ProcStatus: "/proc/self/status",
 		ProcMounts: "/proc/mounts",
 		Version:    version,
+		Environ:    os.Environ,
+		Getwd:      os.Getwd,
+		Alive:      alive,
+		HasLink:    hasLink,
 		RunDaemon:  daemon.Run,
 		OpenCounters: func(bpffs string) (counters, error) {
 			m, err := maps.Open(bpffs)
@@ -71,6 +82,7 @@ func newApp() *App {
 			return m, nil
 		},
 		RemovePrograms: func(p loader.Paths) error { return loader.Cleanup(p, netdev.Clsact{}) },
+		RemoveOwn:      removeOwn,
 		RestoreSysctls: func(changes []store.Change) error {
 			back := make([]netdev.Change, 0, len(changes))
 			for _, c := range changes {
@@ -81,7 +93,8 @@ func newApp() *App {
 	}
 }
 
-// The exit statuses. A usage error changes nothing and has looked at nothing.
+// The exit statuses. A usage error changes nothing and has looked at nothing. Run and exec have those of
+// their command besides.
 const (
 	statusOK    = 0
 	statusError = 1
@@ -93,6 +106,21 @@ type usageError struct{ error }
 
 func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
 
+// exitError ends the process with a status of its own. Without an error, nothing is said.
+type exitError struct {
+	status int
+	err    error
+}
+
+func (e *exitError) Error() string {
+	if e.err == nil {
+		return fmt.Sprintf("exit status %d", e.status)
+	}
+	return e.err.Error()
+}
+
+func (e *exitError) Unwrap() error { return e.err }
+
 // Run runs one command line and returns its exit status. An error is exactly one line on Stderr.
 func (a *App) Run(ctx context.Context, args []string) int {
 	root := a.command()
@@ -103,12 +131,19 @@ func (a *App) Run(ctx context.Context, args []string) int {
 	if err == nil {
 		return statusOK
 	}
+	status := statusError
+	var exit *exitError
+	if errors.As(err, &exit) {
+		status = exit.status
+		if exit.err == nil {
+			return status
+		}
+	}
 	line := root.Name() + ": "
 	if cmd != root {
 		line += strings.TrimPrefix(cmd.CommandPath(), root.Name()+" ") + ": "
 	}
 	line += oneLine(err.Error())
-	status := statusError
 	if errors.As(err, &usageError{}) {
 		status = statusUsage
 		line += fmt.Sprintf("; see \"%s --help\"", cmd.CommandPath())
@@ -130,7 +165,14 @@ func (a *App) command() *cobra.Command {
 		Long: `Container networking in eBPF, without iptables and docker-proxy.
 
 "bpfnet daemon" takes the data path of a Docker Engine over whose iptables are
-off. The commands that read (stats, status) work with the daemon down too.`,
+off. Without Docker, two commands give a container network: the daemon, and in
+another terminal a sandbox, which is a process in a network of its own:
+
+  bpfnet daemon --docker off
+  bpfnet run -d -p 8080:8000 python3 -m http.server
+
+The commands that read (stats, status, ps, port, logs, network ls and inspect)
+work with the daemon down too.`,
 		SilenceErrors:     true,
 		SilenceUsage:      true,
 		DisableAutoGenTag: true,
@@ -151,7 +193,20 @@ off. The commands that read (stats, status) work with the daemon down too.`,
 		a.daemonCommand(),
 		a.statusCommand(),
 		a.statsCommand(),
+		a.doctorCommand(),
 		a.networkCommand(),
+		a.runCommand(),
+		a.createCommand(),
+		a.startCommand(),
+		a.stopCommand(),
+		a.waitCommand(),
+		a.logsCommand(),
+		a.psCommand(),
+		a.rmCommand(),
+		a.execCommand(),
+		a.portCommand(),
+		a.publishCommand(),
+		a.unpublishCommand(),
 		a.cleanupCommand(),
 		a.versionCommand(),
 	)
@@ -206,6 +261,16 @@ func exactArgs(names ...string) cobra.PositionalArgs {
 			return usagef("missing %s", strings.Join(names[len(args):], " and "))
 		case len(args) > len(names):
 			return usagef("unexpected argument %q", args[len(names)])
+		}
+		return nil
+	}
+}
+
+// atLeastArgs wants one argument for each name, and takes more of the last.
+func atLeastArgs(names ...string) cobra.PositionalArgs {
+	return func(_ *cobra.Command, args []string) error {
+		if len(args) < len(names) {
+			return usagef("missing %s", strings.Join(names[len(args):], " and "))
 		}
 		return nil
 	}

@@ -36,12 +36,14 @@ type world struct {
 	out    bytes.Buffer
 	errs   bytes.Buffer
 	daemon *daemon.Config // of the last run
+	pid    int            // of the one process that lives
 	calls  []string
 
 	counters  fakeCounters
 	openErr   error
 	removeErr error
 	sysctlErr error
+	ownErr    error
 }
 
 func newWorld(t *testing.T) *world {
@@ -53,6 +55,10 @@ func newWorld(t *testing.T) *world {
 		ProcStatus: filepath.Join(w.dir, "status"),
 		ProcMounts: "/proc/mounts",
 		Version:    "1.2.3",
+		Environ:    func() []string { return []string{"PATH=/usr/bin:/bin", "A=1"} },
+		Getwd:      func() (string, error) { return "/tmp", nil },
+		Alive:      func(pid int, startTime uint64) bool { return pid == w.pid && startTime == 99 },
+		HasLink:    func(ifindex int) bool { return ifindex == 12 },
 		RunDaemon: func(_ context.Context, cfg daemon.Config) error {
 			w.daemon = &cfg
 			return nil
@@ -65,6 +71,14 @@ func newWorld(t *testing.T) *world {
 			assert.Equal(t, w.bpffs(), p.BPFFS)
 			w.calls = append(w.calls, "remove programs")
 			return w.removeErr
+		},
+		RemoveOwn: func(_ *store.Store, dir, _ string, force bool) error {
+			assert.Equal(t, filepath.Join(w.state(), daemon.SandboxDir), dir)
+			w.calls = append(w.calls, fmt.Sprintf("remove own, force %t", force))
+			if force {
+				return nil
+			}
+			return w.ownErr
 		},
 		RestoreSysctls: func(changes []store.Change) error {
 			w.calls = append(w.calls, fmt.Sprintf("restore %v", changes))
@@ -89,7 +103,12 @@ func (w *world) may(effective uint64) {
 // run runs a command line with the world's paths.
 func (w *world) run(args ...string) (status int, stdout, stderr string) {
 	w.t.Helper()
-	return w.bare(append(args, "--state", w.state(), "--socket", w.socket(), "--bpffs", w.bpffs())...)
+	return w.bare(append(w.flags(), args...)...)
+}
+
+// flags lead to the world. They come first: run and exec take what follows.
+func (w *world) flags() []string {
+	return []string{"--state", w.state(), "--socket", w.socket(), "--bpffs", w.bpffs()}
 }
 
 func (w *world) bare(args ...string) (status int, stdout, stderr string) {
@@ -163,7 +182,7 @@ func TestHelpIsShownWithoutCommand(t *testing.T) {
 
 func TestUsageErrors(t *testing.T) {
 	for line, want := range map[string]string{
-		"stat":                              `bpfnet: unknown command "stat"; did you mean stats, status?; see "bpfnet --help"`,
+		"stat":                              `bpfnet: unknown command "stat"; did you mean start, stats, status, stop?; see "bpfnet --help"`,
 		"frobnicate":                        `bpfnet: unknown command "frobnicate"; see "bpfnet --help"`,
 		"network alow a b":                  `bpfnet: network: unknown command "alow"; did you mean allow?; see "bpfnet network --help"`,
 		"network allow a":                   `bpfnet: network allow: missing the second network; see "bpfnet network allow --help"`,
@@ -310,7 +329,7 @@ func (h *handler) Allow(_ context.Context, p api.Pair) (bool, error)    { return
 func (h *handler) Disallow(_ context.Context, p api.Pair) (bool, error) { return h.set(p, false) }
 
 // serve has a daemon listen until the returned function is called.
-func (w *world) serve(h *handler) (stop func()) {
+func (w *world) serve(h api.Handler) (stop func()) {
 	w.t.Helper()
 	l, err := api.Listen(w.socket())
 	require.NoError(w.t, err)
@@ -336,10 +355,10 @@ func TestNetworkAllowAndDisallow(t *testing.T) {
 	assert.Equal(t, "fe and be are isolated now\n", w.must("network", "disallow", "fe", "be"))
 	assert.Equal(t, "fe and be were isolated already\n", w.must("network", "disallow", "fe", "be"))
 
-	h.refuse = &api.UnknownNetworkError{Name: "bee", Nearest: []string{"be", "fe"}}
+	h.refuse = &api.UnknownError{What: "network", Name: "bee", Nearest: []string{"be", "fe"}}
 	assert.Equal(t, `bpfnet: network allow: network "bee": no such network; the nearest names are be, fe`,
 		w.fails(1, "network", "allow", "fe", "bee"))
-	h.refuse = &api.UnknownNetworkError{Name: "bee"}
+	h.refuse = &api.UnknownError{What: "network", Name: "bee"}
 	assert.Equal(t, `bpfnet: network disallow: network "bee": no such network; no network is known yet`,
 		w.fails(1, "network", "disallow", "fe", "bee"))
 }
@@ -368,7 +387,7 @@ func TestCleanup(t *testing.T) {
 
 	leave()
 	out := w.must("cleanup")
-	assert.Equal(t, []string{"restore [{p 0 1 false}]", "remove programs"}, w.calls)
+	assert.Equal(t, []string{"remove own, force false", "restore [{p 0 1 false}]", "remove programs"}, w.calls)
 	assert.Equal(t, "restored settings: 1\nremoved programs, links and maps: "+w.bpffs()+"\nremoved state: "+w.state()+"\n", out)
 	assert.Empty(t, left())
 
@@ -382,7 +401,7 @@ func TestCleanup(t *testing.T) {
 	leave()
 	w.sysctlErr = errors.New("read-only")
 	assert.Equal(t, "bpfnet: cleanup: restore settings: read-only; the rest is left as it was, try again", w.fails(1, "cleanup"))
-	assert.Equal(t, []string{"restore [{p 0 1 false}]"}, w.calls)
+	assert.Equal(t, []string{"remove own, force false", "restore [{p 0 1 false}]"}, w.calls)
 	w.sysctlErr, w.removeErr, w.calls = nil, errors.New("busy"), nil
 	status, _, errs := w.run("cleanup")
 	assert.Equal(t, 1, status)
@@ -390,6 +409,14 @@ func TestCleanup(t *testing.T) {
 	assert.Equal(t, []string{store.FileName, api.SnapshotName}[0], left()[1])
 	w.removeErr = nil
 	w.must("cleanup")
+	assert.Empty(t, left())
+
+	// Sandboxes run: nothing is changed, unless they are to end.
+	leave()
+	w.calls, w.ownErr = nil, errors.New("sandboxes run: web")
+	assert.Equal(t, "bpfnet: cleanup: sandboxes run: web", w.fails(1, "cleanup"))
+	assert.Equal(t, []string{"remove own, force false"}, w.calls)
+	w.must("cleanup", "--force")
 	assert.Empty(t, left())
 }
 

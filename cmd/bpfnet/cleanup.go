@@ -13,27 +13,33 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/bpfnet/bpfnet/api"
+	"github.com/bpfnet/bpfnet/daemon"
+	"github.com/bpfnet/bpfnet/embedded"
 	"github.com/bpfnet/bpfnet/loader"
+	"github.com/bpfnet/bpfnet/netdev"
 	"github.com/bpfnet/bpfnet/store"
 )
 
 func (a *App) cleanupCommand() *cobra.Command {
-	return &cobra.Command{
+	var force bool
+	cmd := &cobra.Command{
 		Use:   "cleanup",
 		Short: "Remove everything that the daemon left on this host",
-		Long: `Remove everything that the daemon left on this host: programs, links, maps, the
-state directory's files and the socket. Settings of the host (sysctls) that the
-daemon changed get their old values back, unless somebody else has changed them
-since. Containers lose their published ports and the way out until a daemon runs
-again.
+		Long: `Remove everything that the daemon left on this host: programs, links, maps,
+networks of bpfnet's own, the state directory's files and the socket. Settings of
+the host (sysctls) that the daemon changed get their old values back, unless
+somebody else has changed them since. Docker's containers lose their published
+ports and the way out until a daemon runs again.
 
-Refused while a daemon runs: stop it first.`,
+Refused while a daemon runs, or a sandbox of bpfnet's own: stop it first.`,
 		Args: exactArgs(),
-		RunE: func(cmd *cobra.Command, _ []string) error { return a.cleanup(cmd.Context()) },
+		RunE: func(cmd *cobra.Command, _ []string) error { return a.cleanup(cmd.Context(), force) },
 	}
+	cmd.Flags().BoolVarP(&force, "force", "f", false, "end sandboxes that run")
+	return cmd
 }
 
-func (a *App) cleanup(ctx context.Context) error {
+func (a *App) cleanup(ctx context.Context, force bool) error {
 	if err := a.checkPrivilege(); err != nil {
 		return err
 	}
@@ -55,6 +61,10 @@ func (a *App) cleanup(ctx context.Context) error {
 	defer st.Close()
 	changes, err := st.Sysctls()
 	if err != nil {
+		return err
+	}
+	// While the programs still guard them.
+	if err := a.RemoveOwn(st, filepath.Join(a.paths.State, daemon.SandboxDir), cgroup, force); err != nil {
 		return err
 	}
 	// Settings first: once the programs are gone, nothing isolates what a forwarding host forwards.
@@ -118,4 +128,14 @@ func (a *App) removeState(st *store.Store) error {
 	}
 	fmt.Fprintf(a.Stdout, "removed state: %s\n", a.paths.State)
 	return nil
+}
+
+// removeOwn takes networks and sandboxes of bpfnet's own away.
+func removeOwn(st *store.Store, dir, cgroup string, force bool) error {
+	devices, err := netdev.Open(netdev.Options{})
+	if err != nil {
+		return err
+	}
+	defer devices.Close()
+	return embedded.Cleanup(st, devices, dir, cgroup, force)
 }

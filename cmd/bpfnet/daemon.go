@@ -5,6 +5,7 @@ package main
 import (
 	"log/slog"
 	"maps"
+	"net/netip"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -20,6 +21,7 @@ func (a *App) daemonCommand() *cobra.Command {
 	var (
 		cfg      daemon.Config
 		timeouts []string
+		subnets  []string
 		logLevel string
 	)
 	cmd := &cobra.Command{
@@ -29,14 +31,20 @@ func (a *App) daemonCommand() *cobra.Command {
 
 The daemon attaches its programs to the container interfaces, bridges and uplinks
 of the network namespace that it runs in, and keeps their tables in step with the
-Docker Engine. An Engine that is absent, starts later or restarts is waited for.
+Docker Engine, and with the networks and sandboxes of its own ("bpfnet run"). An
+Engine that is absent, starts later or restarts is waited for; --docker off says
+that there is none.
 Stopping the daemon leaves the network running; "bpfnet cleanup" removes it.`,
 		Example: `  bpfnet daemon
+  bpfnet daemon --docker off
   bpfnet daemon --uplink eth0 --flows 1000000 --timeout udp=5m`,
 		Args: exactArgs(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var err error
 			if cfg.Timeouts, err = parseTimeouts(timeouts); err != nil {
+				return err
+			}
+			if cfg.DefaultSubnets, err = parseDefaultSubnets(subnets); err != nil {
 				return err
 			}
 			level, err := parseLogLevel(logLevel)
@@ -68,8 +76,29 @@ Stopping the daemon leaves the network running; "bpfnet cleanup" removes it.`,
 	flags.BoolVar(&cfg.IPForwardNoDrop, "ip-forward-no-drop", false, "let transit between foreign devices pass where the daemon turned forwarding on")
 	flags.BoolVar(&cfg.DefaultBridgeNoMasquerade, "default-bridge-no-masquerade", false, "keep container addresses of Docker's network \"bridge\" on the way out")
 	flags.BoolVar(&cfg.DefaultBridgeNoICC, "default-bridge-no-icc", false, "forbid traffic between the containers of Docker's network \"bridge\"")
+	flags.StringArrayVar(&subnets, "default-subnet", nil, "`subnet` of bpfnet's own default network, at most one a family (default: one of the pools, and a generated IPv6 one)")
 	flags.StringVar(&logLevel, "log-level", "info", "`level` of the log on standard error: debug, info, warn or error")
 	return cmd
+}
+
+func parseDefaultSubnets(list []string) ([]netip.Prefix, error) {
+	var out []netip.Prefix
+	for _, s := range list {
+		p, err := netip.ParsePrefix(s)
+		if err != nil {
+			return nil, usagef("--default-subnet %q: want a subnet like 172.30.0.0/16 or fd00:1::/64", s)
+		}
+		if p != p.Masked() {
+			return nil, usagef("--default-subnet %s: has host bits set; write %s", p, p.Masked())
+		}
+		for _, have := range out {
+			if have.Addr().Is4() == p.Addr().Is4() {
+				return nil, usagef("--default-subnet %s: a second one of its family, behind %s; want one", p, have)
+			}
+		}
+		out = append(out, p)
+	}
+	return out, nil
 }
 
 // checkDaemon refuses what cannot be meant.

@@ -148,7 +148,7 @@ func (h *portHook) hold(ctx context.Context) (io.Closer, error) {
 	defer cancel()
 	client, err := api.Dial(ctx, path)
 	if err == nil {
-		err = client.Publish(ctx, b)
+		err = client.Announce(ctx, b)
 	}
 	if err != nil {
 		held.Close()

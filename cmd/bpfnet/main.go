@@ -8,20 +8,33 @@ import (
 	"context"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
 )
 
 // version is set at link time: see the Makefile.
 var version = "dev"
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	var status int
-	if isPortHook(os.Args[0]) {
-		status = runPortHook(ctx, os.Args[1:])
-	} else {
-		status = newApp().Run(ctx, os.Args[1:])
+func main() { os.Exit(runAs(os.Args)) }
+
+// runAs does what the name asks for under which the program was started.
+func runAs(argv []string) int {
+	ctx, stop := interruptible()
+	defer stop()
+	switch {
+	case isPortHook(argv[0]):
+		return runPortHook(ctx, argv[1:])
+	case isRunner(argv[0]):
+		return runRunner(ctx, argv[1:])
 	}
-	stop()
-	os.Exit(status)
+	return newApp().Run(ctx, argv[1:])
+}
+
+// interruptible ends with the signals that ask for an end, but those that the caller wants ignored.
+func interruptible() (context.Context, context.CancelFunc) {
+	signals := slices.DeleteFunc([]os.Signal{os.Interrupt, syscall.SIGTERM}, signal.Ignored)
+	if len(signals) == 0 { // for Notify, that were all
+		return context.WithCancel(context.Background())
+	}
+	return signal.NotifyContext(context.Background(), signals...)
 }

@@ -19,15 +19,23 @@ type need struct {
 	bits []uint
 }
 
-// CAP_SYS_ADMIN held CAP_BPF and CAP_PERFMON before Linux 5.8, and still implies them.
-var needs = []need{
+// daemonNeeds: CAP_SYS_ADMIN held CAP_BPF and CAP_PERFMON before Linux 5.8, and still implies them.
+var daemonNeeds = []need{
 	{"CAP_NET_ADMIN", []uint{unix.CAP_NET_ADMIN}},
 	{"CAP_BPF", []uint{unix.CAP_BPF, unix.CAP_SYS_ADMIN}},
 	{"CAP_PERFMON", []uint{unix.CAP_PERFMON, unix.CAP_SYS_ADMIN}},
 }
 
-// checkPrivilege fails with the names of the capabilities that are missing.
-func (a *App) checkPrivilege() error {
+// runnerNeeds is for namespaces, mounts and cgroups, and for a namespace's interfaces.
+var runnerNeeds = []need{
+	{"CAP_SYS_ADMIN", []uint{unix.CAP_SYS_ADMIN}},
+	{"CAP_NET_ADMIN", []uint{unix.CAP_NET_ADMIN}},
+}
+
+// checkPrivilege fails with the names of the capabilities that the daemon misses.
+func (a *App) checkPrivilege() error { return a.checkCapabilities(daemonNeeds) }
+
+func (a *App) checkCapabilities(needs []need) error {
 	raw, err := os.ReadFile(a.ProcStatus)
 	if err != nil {
 		return fmt.Errorf("read capabilities: %w", err)

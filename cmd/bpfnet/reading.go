@@ -17,16 +17,25 @@ import (
 	"github.com/bpfnet/bpfnet/maps"
 )
 
-// openForReading opens what the reading commands read. They ask no daemon. Close the counters.
-func (a *App) openForReading() (*api.Snapshot, counters, error) {
+// readSnapshot reads what the daemon last told of. The reading commands ask no daemon.
+func (a *App) readSnapshot() (*api.Snapshot, error) {
 	snap, err := api.ReadSnapshot(a.paths.State)
 	switch {
 	case errors.Is(err, api.ErrNoSnapshot):
-		return nil, nil, fmt.Errorf("state %s: no daemon has run there; start one with \"bpfnet daemon\", or name its directory with --state", a.paths.State)
+		return nil, fmt.Errorf("state %s: no daemon has run there; start one with \"bpfnet daemon\", or name its directory with --state", a.paths.State)
 	case errors.Is(err, fs.ErrPermission):
-		return nil, nil, fmt.Errorf("%w; run this as root", err)
+		return nil, fmt.Errorf("%w; run this as root", err)
 	case err != nil:
-		return nil, nil, fmt.Errorf("%w; the daemon writes it anew: restart it", err)
+		return nil, fmt.Errorf("%w; the daemon writes it anew: restart it", err)
+	}
+	return snap, nil
+}
+
+// openForReading opens what the readers of traffic read. Close the counters.
+func (a *App) openForReading() (*api.Snapshot, counters, error) {
+	snap, err := a.readSnapshot()
+	if err != nil {
+		return nil, nil, err
 	}
 	c, err := a.OpenCounters(a.paths.BPFFS)
 	switch {
@@ -97,6 +106,11 @@ func table(w io.Writer, header []string, rows [][]string) error {
 	if len(rows) == 0 {
 		return nil
 	}
+	return listing(w, header, rows)
+}
+
+// listing writes rows under a header, in columns; the header also when there are no rows.
+func listing(w io.Writer, header []string, rows [][]string) error {
 	tw := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
 	for _, row := range append([][]string{header}, rows...) {
 		for i, cell := range row {
