@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -27,10 +28,24 @@ type demo struct {
 	signals chan os.Signal
 
 	lab    *lab.Lab
-	docker *lab.Docker
 	bpfnet *lab.Bpfnet
 	step   string
 	last   error // of the last command
+}
+
+// engine is one of the two that the demonstration shows side by side, on one host: Docker, and bpfnet
+// itself. What is said to them differs in the first word, and in the image that only Docker has.
+type engine struct {
+	name  string
+	run   func(args ...string) (string, error)
+	addrs func(t testing.TB, sandbox, network string) (v4, v6 netip.Addr)
+	log   func(t testing.TB, sandbox, text string)
+	image []string // between the options and the command of "run"
+
+	network, subnet, gateway string // of the network that the demonstration makes
+	standard                 string // the default network
+	standardGateway          netip.Addr
+	ports                    [2]string // of the host
 }
 
 // Needs root and a Docker Engine.
@@ -46,10 +61,11 @@ func TestDemo(t *testing.T) {
 	t.Cleanup(func() { signal.Stop(d.signals) })
 	began := time.Now()
 
-	d.start()
-	d.neighboursAndIsolation()
-	d.defaultNetwork()
-	d.publishedPorts()
+	docker, own := d.start()
+	d.neighboursAndIsolation(docker, own)
+	d.defaultNetwork(docker, own)
+	d.publishedPorts(docker, own)
+	d.together(docker, own)
 	d.title("What bpfnet has counted")
 	d.bpf("stats")
 	fmt.Fprintf(d.out, "\nAll steps as they should be, in %.0f s.\n", time.Since(began).Seconds())
@@ -109,19 +125,25 @@ func (d *demo) finish(where string, command []string, out string, err error, wan
 	return out
 }
 
-// dock runs the Docker client on the host.
-func (d *demo) dock(args ...string) string {
+// on runs a command of an engine on the host.
+func (d *demo) on(e engine, args ...string) string {
 	d.t.Helper()
-	out, err := d.docker.Run(args...)
-	return d.finish("host", append([]string{"docker"}, args...), out, err, false)
+	out, err := e.run(args...)
+	return d.finish("host", append([]string{e.name}, args...), out, err, false)
+}
+
+// box has an engine run a command in the background, in a container or sandbox of that name.
+func (d *demo) box(e engine, name string, options []string, command ...string) {
+	d.t.Helper()
+	d.on(e, slices.Concat([]string{"run", "-d", "--name", name}, options, e.image, command)...)
 }
 
 // exec runs a command in a container. Whether it succeeds is for the caller to judge by its output.
-func (d *demo) exec(container string, command ...string) string {
+func (d *demo) exec(e engine, container string, command ...string) string {
 	d.t.Helper()
 	args := append([]string{"exec", container}, command...)
-	out, err := d.docker.Run(args...)
-	return d.finish("host", append([]string{"docker"}, args...), out, err, true)
+	out, err := e.run(args...)
+	return d.finish("host", append([]string{e.name}, args...), out, err, true)
 }
 
 func (d *demo) run(ns *lab.NS, where string, command ...string) string {
@@ -141,9 +163,9 @@ func (d *demo) bpf(args ...string) string {
 var ttl = regexp.MustCompile(`ttl=(\d+)`)
 
 // ping pings from a container twice and wants both answers with that TTL.
-func (d *demo) ping(container string, to fmt.Stringer, want string) {
+func (d *demo) ping(e engine, container string, to fmt.Stringer, want string) {
 	d.t.Helper()
-	d.answers(d.exec(container, "ping", "-c", "2", "-W", "2", to.String()), to, want)
+	d.answers(d.exec(e, container, "ping", "-c", "2", "-W", "2", to.String()), to, want)
 }
 
 func (d *demo) answers(out string, to fmt.Stringer, want string) {
@@ -161,10 +183,10 @@ func (d *demo) answers(out string, to fmt.Stringer, want string) {
 }
 
 // silent pings in vain, and sees why in the drop counters.
-func (d *demo) silent(container string, to fmt.Stringer, reason string) {
+func (d *demo) silent(e engine, container string, to fmt.Stringer, reason string) {
 	d.t.Helper()
 	before := d.drops(reason)
-	out := d.exec(container, "ping", "-c", "2", "-W", "1", to.String())
+	out := d.exec(e, container, "ping", "-c", "2", "-W", "1", to.String())
 	if ttl.MatchString(out) {
 		d.fail("%s answers, and should not", to)
 	}
@@ -209,18 +231,19 @@ func (d *demo) sees(out string, want netip.Addr) {
 	d.say("answers; the server sees the client as %s", want)
 }
 
-func (d *demo) start() {
+func (d *demo) start() (docker, own engine) {
 	d.title("A host with Docker and bpfnet")
 	fmt.Fprintln(d.out, `   Namespaces stand for three machines; the host's FORWARD policy is DROP:
      client 192.0.2.2 -- 192.0.2.1 host 198.51.100.1 -- 198.51.100.2 client2 (and 203.0.113.1, "the internet")
+   Everything is done twice, side by side: with Docker, and with bpfnet alone, which needs no Docker.
    The image "lab" is a busybox with a test server that answers with what it sees.`)
 	d.lab = lab.New(d.t, lab.Opts{})
 	d.check()
 	d.show("host", []string{"dockerd --iptables=false --ip6tables=false --userland-proxy=false &"}, "")
-	d.docker = d.lab.StartDocker(d.t, lab.DockerOpts{})
+	engineUnderTest := d.lab.StartDocker(d.t, lab.DockerOpts{})
 	d.check()
-	d.show("host", []string{"bpfnet daemon &"}, "")
-	d.bpfnet = d.lab.StartBpfnet(d.t, d.docker)
+	d.show("host", []string{"bpfnet daemon --default-subnet 172.30.0.0/16 &"}, "")
+	d.bpfnet = d.lab.StartBpfnet(d.t, engineUnderTest, "--default-subnet", "172.30.0.0/16")
 	for line := range strings.Lines(d.bpfnet.Log()) {
 		if !strings.HasPrefix(line, "time=") { // the log: what it said to the user is enough
 			d.quote(line)
@@ -228,91 +251,139 @@ func (d *demo) start() {
 	}
 	d.check()
 	d.lab.Client2.Serve(d.t, "--tcp", "9000")
+	docker = engine{
+		name: "docker", run: engineUnderTest.Run, addrs: engineUnderTest.Addrs, log: engineUnderTest.WaitLog,
+		image:   []string{lab.Image},
+		network: "mynetwork", subnet: "172.19.0.0/16", gateway: "172.19.0.1",
+		standard: "bridge", standardGateway: netip.MustParseAddr("172.17.0.1"), ports: [2]string{"18000", "18001"},
+	}
+	own = engine{
+		name: "bpfnet", run: d.bpfnet.CLI, addrs: d.bpfnet.Addrs, log: d.bpfnet.WaitLog,
+		network: "ownnetwork", subnet: "172.29.0.0/16", gateway: "172.29.0.1",
+		standard: "bpfnet", standardGateway: netip.MustParseAddr("172.30.0.1"), ports: [2]string{"19000", "19001"},
+	}
+	return docker, own
 }
 
-func (d *demo) address(container, network string) netip.Addr {
+func (d *demo) address(e engine, container, network string) netip.Addr {
 	d.t.Helper()
-	v4, _ := d.docker.Addrs(d.t, container, network)
+	v4, _ := e.addrs(d.t, container, network)
 	return v4
 }
 
-func (d *demo) neighboursAndIsolation() {
-	d.title("Neighbours, and isolation between networks")
-	d.dock("network", "create", "-d", "bridge", "--subnet", "172.19.0.0/16", "--gateway", "172.19.0.1", "mynetwork")
-	d.dock("run", "-d", "--name", "box1", "--network", "mynetwork", lab.Image, "sleep", "1000")
-	d.dock("run", "-d", "--name", "box2", "--network", "mynetwork", lab.Image, "sleep", "1000")
-	d.dock("run", "-d", "--name", "other", lab.Image, "sleep", "1000")
-	box1, box2, other := d.address("box1", "mynetwork"), d.address("box2", "mynetwork"), d.address("other", "bridge")
+func (d *demo) neighboursAndIsolation(engines ...engine) {
+	d.title("A network, two neighbours in it, and one elsewhere")
+	for _, e := range engines {
+		d.on(e, "network", "create", "-d", "bridge", "--subnet", e.subnet, "--gateway", e.gateway, e.network)
+		d.box(e, e.name+"-box1", []string{"--network", e.network}, "sleep", "1000")
+		d.box(e, e.name+"-box2", []string{"--network", e.network}, "sleep", "1000")
+		d.box(e, e.name+"-other", nil, "sleep", "1000")
+	}
 
-	d.title("From mynetwork: the host's address, the gateway, a neighbour")
-	d.ping("box1", lab.Host4, "64")
-	d.ping("box1", netip.MustParseAddr("172.19.0.1"), "64")
-	d.ping("box1", box2, "64")
+	d.title("From the network: the host's address, the gateway, a neighbour")
+	for _, e := range engines {
+		d.ping(e, e.name+"-box1", lab.Host4, "64")
+		d.ping(e, e.name+"-box1", netip.MustParseAddr(e.gateway), "64")
+		d.ping(e, e.name+"-box1", d.address(e, e.name+"-box2", e.network), "64")
+	}
 
 	d.title("Another network: not before it is allowed")
-	d.silent("box1", other, "isolated")
-	d.silent("other", box1, "isolated")
-	d.bpf("network", "allow", "mynetwork", "bridge")
-	d.ping("box1", other, "63")
-	d.ping("other", box1, "63")
-	d.say("63: one hop, routed by the programs")
+	for _, e := range engines {
+		box1, other := d.address(e, e.name+"-box1", e.network), d.address(e, e.name+"-other", e.standard)
+		d.silent(e, e.name+"-box1", other, "isolated")
+		d.silent(e, e.name+"-other", box1, "isolated")
+		d.bpf("network", "allow", e.network, e.standard)
+		d.ping(e, e.name+"-box1", other, "63")
+		d.ping(e, e.name+"-other", box1, "63")
+		d.say("63: one hop, routed by the programs")
+	}
 
 	d.title("And isolated again")
-	d.bpf("network", "disallow", "mynetwork", "bridge")
-	d.silent("box1", other, "isolated")
+	for _, e := range engines {
+		d.bpf("network", "disallow", e.network, e.standard)
+		d.silent(e, e.name+"-box1", d.address(e, e.name+"-other", e.standard), "isolated")
+	}
 }
 
-func (d *demo) defaultNetwork() {
-	gateway := netip.MustParseAddr("172.17.0.1")
+func (d *demo) defaultNetwork(engines ...engine) {
 	d.title("The default network: from the host into a container")
-	d.dock("run", "-d", "--name", "server", lab.Image, "labtool", "serve", "--http", "8000", "--tcp", "9000")
-	d.docker.WaitLog(d.t, "server", "ready")
-	server := d.address("server", "bridge")
-	d.answers(d.run(d.lab.Host, "host", "ping", "-n", "-c", "2", "-W", "2", server.String()), server, "64")
-	d.sees(d.run(d.lab.Host, "host", "curl", "-sS", "-m", "5", fmt.Sprintf("http://%s:8000/", server)), gateway)
+	for _, e := range engines {
+		name := e.name + "-server"
+		d.box(e, name, nil, "labtool", "serve", "--http", "8000", "--tcp", "9000")
+		e.log(d.t, name, "ready")
+		server := d.address(e, name, e.standard)
+		d.answers(d.run(d.lab.Host, "host", "ping", "-n", "-c", "2", "-W", "2", server.String()), server, "64")
+		d.sees(d.run(d.lab.Host, "host", "curl", "-sS", "-m", "5", fmt.Sprintf("http://%s:8000/", server)), e.standardGateway)
+	}
 
 	d.title("From a container: its gateway, a neighbour, the world")
-	d.ping("other", gateway, "64")
-	d.ping("other", server, "64")
-	d.sees(d.exec("other", "nc", "-w", "5", server.String(), "9000"), d.address("other", "bridge"))
-	d.ping("other", lab.Internet4, "63")
-	d.sees(d.exec("other", "nc", "-w", "5", lab.Internet4.String(), "9000"), lab.HostB4)
-	d.say("that is the host's own address: masqueraded")
+	for _, e := range engines {
+		other, server := e.name+"-other", d.address(e, e.name+"-server", e.standard)
+		d.ping(e, other, e.standardGateway, "64")
+		d.ping(e, other, server, "64")
+		d.sees(d.exec(e, other, "nc", "-w", "5", server.String(), "9000"), d.address(e, other, e.standard))
+		d.ping(e, other, lab.Internet4, "63")
+		d.sees(d.exec(e, other, "nc", "-w", "5", lab.Internet4.String(), "9000"), lab.HostB4)
+		d.say("that is the host's own address: masqueraded")
+	}
 
 	d.title("traceroute from a container")
-	hops := d.exec("other", "traceroute", "-n", "-q", "1", "-w", "2", "-m", "4", lab.Internet4.String())
-	for i, want := range []netip.Addr{gateway, lab.Internet4} {
-		if hop := regexp.MustCompile(fmt.Sprintf(`(?m)^\s*%d\s+(\S+)`, i+1)).FindStringSubmatch(hops); hop == nil || hop[1] != want.String() {
-			d.fail("hop %d is %q, want %s", i+1, hop, want)
+	for _, e := range engines {
+		hops := d.exec(e, e.name+"-other", "traceroute", "-n", "-q", "1", "-w", "2", "-m", "4", lab.Internet4.String())
+		for i, want := range []netip.Addr{e.standardGateway, lab.Internet4} {
+			hop := regexp.MustCompile(fmt.Sprintf(`(?m)^\s*%d\s+(\S+)`, i+1)).FindStringSubmatch(hops)
+			if hop == nil || hop[1] != want.String() {
+				d.fail("hop %d is %q, want %s", i+1, hop, want)
+			}
 		}
+		d.say("the first hop is the gateway, then the destination")
 	}
-	d.say("the first hop is the gateway, then the destination")
 }
 
-func (d *demo) publishedPorts() {
-	gateway := netip.MustParseAddr("172.17.0.1")
+func (d *demo) publishedPorts(engines ...engine) {
+	chosen := make(map[string]string)
 	d.title("Published ports")
-	d.dock("run", "-d", "--name", "web", "-p", "18000:8000", "-p", "18001:8000", lab.Image, "labtool", "serve", "--http", "8000")
-	d.dock("run", "-d", "--name", "web2", "-p", "8000", lab.Image, "labtool", "serve", "--http", "8000")
-	d.docker.WaitLog(d.t, "web", "ready")
-	d.docker.WaitLog(d.t, "web2", "ready")
-	list := d.dock("port", "web")
-	for _, port := range []string{"18000", "18001"} {
-		if !strings.Contains(list, "8000/tcp -> 0.0.0.0:"+port) {
-			d.fail("port %s is not listed", port)
+	for _, e := range engines {
+		web, web2 := e.name+"-web", e.name+"-web2"
+		d.box(e, web, []string{"-p", e.ports[0] + ":8000", "-p", e.ports[1] + ":8000"}, "labtool", "serve", "--http", "8000")
+		d.box(e, web2, []string{"-p", "8000"}, "labtool", "serve", "--http", "8000")
+		e.log(d.t, web, "ready")
+		e.log(d.t, web2, "ready")
+		list := d.on(e, "port", web)
+		for _, port := range e.ports {
+			if !strings.Contains(list, "8000/tcp -> 0.0.0.0:"+port) {
+				d.fail("port %s is not listed", port)
+			}
 		}
-	}
-	list = d.dock("port", "web2", "8000")
-	chosen := regexp.MustCompile(`0\.0\.0\.0:(\d+)`).FindStringSubmatch(list)
-	if chosen == nil {
-		d.fail("docker port web2 8000 names no port of the host")
+		list = d.on(e, "port", web2, "8000")
+		m := regexp.MustCompile(`0\.0\.0\.0:(\d+)`).FindStringSubmatch(list)
+		if m == nil {
+			d.fail("%s port %s 8000 names no port of the host", e.name, web2)
+		}
+		chosen[e.name] = m[1]
 	}
 
 	d.title("Reached from the host on 127.0.0.1")
-	for _, port := range []string{"18000", "18001", chosen[1]} {
-		d.sees(d.run(d.lab.Host, "host", "curl", "-sS", "-m", "5", "http://127.0.0.1:"+port+"/"), gateway)
+	for _, e := range engines {
+		for _, port := range []string{e.ports[0], e.ports[1], chosen[e.name]} {
+			d.sees(d.run(d.lab.Host, "host", "curl", "-sS", "-m", "5", "http://127.0.0.1:"+port+"/"), e.standardGateway)
+		}
 	}
 
 	d.title("Reached from another machine: the client's address is kept")
-	d.sees(d.run(d.lab.Client, "client", "curl", "-sS", "-m", "5", fmt.Sprintf("http://%s:18000/", lab.Host4)), lab.Client4)
+	for _, e := range engines {
+		d.sees(d.run(d.lab.Client, "client", "curl", "-sS", "-m", "5", fmt.Sprintf("http://%s:%s/", lab.Host4, e.ports[0])), lab.Client4)
+	}
+}
+
+func (d *demo) together(docker, own engine) {
+	d.title("Both on one host: isolated from each other, until they are allowed")
+	theirs, ours := d.address(docker, "docker-other", docker.standard), d.address(own, "bpfnet-other", own.standard)
+	d.silent(docker, "docker-other", ours, "isolated")
+	d.silent(own, "bpfnet-other", theirs, "isolated")
+	d.bpf("network", "allow", docker.standard, own.standard)
+	d.ping(docker, "docker-other", ours, "63")
+	d.ping(own, "bpfnet-other", theirs, "63")
+	d.bpf("network", "ls")
+	d.bpf("ps")
 }

@@ -21,15 +21,20 @@ const module = "github.com/bpfnet/bpfnet/"
 // may says which of our packages each of them may import. Commands and internal/ may know everything,
 // but nobody outside knows internal/.
 var may = map[string][]string{
-	"policy": {},
-	"bpf":    {},
-	"maps":   {"bpf", "policy"},
-	"netdev": {"policy"},
-	"docker": {"policy"},
-	"store":  {"policy"},
-	"api":    {"policy"},
-	"loader": {"bpf", "maps"},
-	"daemon": {"policy", "bpf", "maps", "netdev", "docker", "store", "api", "loader"},
+	"policy":   {},
+	"bpf":      {},
+	"maps":     {"bpf", "policy"},
+	"netdev":   {"policy"},
+	"docker":   {"policy"},
+	"store":    {"policy"},
+	"api":      {"policy"},
+	"loader":   {"bpf", "maps"},
+	"sandbox":  {},
+	"ipam":     {},
+	"reserve":  {"policy"},
+	"embedded": {"api", "ipam", "netdev", "policy", "reserve", "sandbox", "store"},
+	"daemon":   {"policy", "bpf", "maps", "netdev", "docker", "store", "api", "loader", "embedded"},
+	"doctor":   {"policy", "maps", "loader", "netdev", "api"},
 }
 
 // only says who alone may import a package of others. Packages below a named one count too.
@@ -44,6 +49,7 @@ var only = map[string][]string{
 // testOnly are packages of others that only tests and internal/ may import.
 var testOnly = []string{
 	"github.com/gopacket/gopacket", "github.com/vishvananda/netns", "github.com/stretchr/testify", "testing",
+	"github.com/rogpeppe/go-internal",
 }
 
 type listed struct {

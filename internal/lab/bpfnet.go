@@ -8,7 +8,9 @@ import (
 	"errors"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -24,18 +26,24 @@ type Bpfnet struct {
 
 	lab    *Lab
 	binary string
+	tools  string // directory of the image's programs, PATH of all commands
 	args   []string
 	proc   *Process
 	notify *net.UnixConn // what the service manager would listen on
 }
 
 // StartBpfnet builds bpfnet, once per test process, starts its daemon in the host's
-// namespace and waits until it has told the service manager that it is ready. Extra
-// arguments go behind the lab's own. It ends with the test; its log is part of the
-// output of a test that failed.
+// namespace and waits until it has told the service manager that it is ready. Without an
+// engine (nil) it serves its own networks only. Extra arguments go behind the lab's own.
+// It ends with the test, and its sandboxes with it; its log is part of the output of a
+// test that failed.
 func (l *Lab) StartBpfnet(t testing.TB, d *Docker, extra ...string) *Bpfnet {
 	t.Helper()
 	binary, err := bpfnetBinary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	tools, err := toolsDir()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -44,18 +52,20 @@ func (l *Lab) StartBpfnet(t testing.TB, d *Docker, extra ...string) *Bpfnet {
 		Socket: filepath.Join(l.Dir, "bpfnet.sock"),
 		lab:    l,
 		binary: binary,
+		tools:  tools,
 	}
-	b.args = []string{"daemon"}
+	engine := "off"
 	if d != nil {
-		b.args = append(b.args, "--docker", d.Host)
+		engine = d.Host
 	}
-	b.args = append(append(b.args, b.flags()...), extra...)
+	b.args = slices.Concat(b.flags(), []string{"daemon", "--docker", engine}, extra)
 	t.Cleanup(func() {
 		b.closeNotify()
 		if b.proc == nil {
 			return
 		}
 		b.proc.Kill()
+		b.endSandboxes(t)
 		if t.Failed() {
 			t.Logf("bpfnet: %s\n%s", tail(b.proc.stdout), tail(b.proc.stderr))
 		}
@@ -64,7 +74,8 @@ func (l *Lab) StartBpfnet(t testing.TB, d *Docker, extra ...string) *Bpfnet {
 	return b
 }
 
-// flags are those that tell every command which daemon is meant.
+// flags are those that tell every command which daemon is meant. They stand before the
+// command's own words: behind some commands, another program's command line begins.
 func (b *Bpfnet) flags() []string {
 	return []string{"--state", b.State, "--socket", b.Socket, "--bpffs", b.lab.BPFFS, "--cgroup", b.lab.Cgroup}
 }
@@ -123,7 +134,9 @@ func (b *Bpfnet) Stop(t testing.TB) {
 	t.Helper()
 	_ = b.proc.Signal(syscall.SIGTERM)
 	if err := b.proc.Wait(20 * time.Second); err != nil {
-		t.Fatalf("stop bpfnet: %v", err)
+		_ = b.proc.Signal(syscall.SIGQUIT) // what it waits for, in its log
+		_ = b.proc.Wait(5 * time.Second)
+		t.Fatalf("stop bpfnet: %v\n%s", err, b.proc.Stderr())
 	}
 }
 
@@ -143,21 +156,21 @@ func (b *Bpfnet) PID() int { return b.proc.PID() }
 // Log is what the daemon has logged since it was last started.
 func (b *Bpfnet) Log() string { return b.proc.Stderr() + b.proc.Stdout() }
 
+// Command prepares a command of bpfnet, as [Bpfnet.CLI] runs it. PATH, which sandboxes
+// inherit, leads to the programs of [Image] and to nothing else.
+func (b *Bpfnet) Command(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := b.lab.Host.Command(ctx, b.binary, slices.Concat(b.flags(), args)...)
+	cmd.Env = append(os.Environ(), "PATH="+b.tools)
+	return cmd
+}
+
 // CLI runs a command of bpfnet against this daemon's state, socket, pins and cgroup, as
 // a process of the host. It works with the daemon down as far as bpfnet does. The error
 // carries what the command wrote to its standard error.
 func (b *Bpfnet) CLI(args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	// Flags stand before a "--", behind which a container's own command begins.
-	tail := []string(nil)
-	for i, a := range args {
-		if a == "--" {
-			args, tail = args[:i:i], args[i:]
-			break
-		}
-	}
-	return b.lab.Host.Run(ctx, b.binary, append(append(args[:len(args):len(args)], b.flags()...), tail...)...)
+	return run(b.Command(ctx, args...))
 }
 
 // MustCLI is CLI for commands that must succeed.

@@ -303,18 +303,7 @@ func (d *Docker) Inspect(t testing.TB, object, template string) string {
 // that programs at the lab's cgroup take them for processes of the container.
 func (d *Docker) NS(t testing.TB, container string) *NS {
 	t.Helper()
-	pid := d.Inspect(t, container, "{{.State.Pid}}")
-	n := &NS{Name: container, Path: "/proc/" + pid + "/ns/net", lab: d.lab}
-	root, err := cgroup2Root()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for line := range strings.Lines(read("/proc/" + pid + "/cgroup")) {
-		if path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::"); ok {
-			n.cgroup = openDir(t, filepath.Join(root, path))
-		}
-	}
-	return n
+	return d.lab.processNS(t, container, d.Inspect(t, container, "{{.State.Pid}}"))
 }
 
 // Addrs returns the IPv4 and IPv6 addresses that a container has on a network. An
@@ -353,11 +342,16 @@ func (d *Docker) WaitLog(t testing.TB, container, text string) {
 // It returns the container's id.
 func (d *Docker) Serve(t testing.TB, args ...string) string {
 	t.Helper()
-	serve := []string{"--tcp", "80", "--udp", "80"}
-	if i := slices.Index(args, "--"); i >= 0 {
-		args, serve = args[:i], args[i+1:]
-	}
+	args, serve := splitServe(args)
 	id := d.MustRun(t, slices.Concat([]string{"run", "-d"}, args, []string{Image, "labtool", "serve"}, serve)...)
 	d.WaitLog(t, id, "ready")
 	return id
+}
+
+// splitServe takes the arguments of labtool serve off those of "run", behind "--".
+func splitServe(args []string) (run, serve []string) {
+	if i := slices.Index(args, "--"); i >= 0 {
+		return args[:i], args[i+1:]
+	}
+	return args, []string{"--tcp", "80", "--udp", "80"}
 }

@@ -48,17 +48,55 @@ func buildTool(t testing.TB) string {
 	return path
 }
 
+// programs are those of the image.
+type programs struct {
+	busybox, tool string   // paths on this machine
+	applets       []string // links to busybox, by name
+}
+
+func findPrograms() (p programs, err error) {
+	if p.busybox, err = exec.LookPath("busybox"); err != nil {
+		return p, fmt.Errorf("%w (scripts/deps.sh test)", err)
+	}
+	list, err := exec.Command(p.busybox, "--list").Output()
+	if err != nil {
+		return p, fmt.Errorf("list busybox applets: %w", err)
+	}
+	for _, applet := range strings.Fields(string(list)) {
+		if applet = path.Base(applet); applet != "busybox" {
+			p.applets = append(p.applets, applet)
+		}
+	}
+	p.tool, err = toolBinary()
+	return p, err
+}
+
+// toolsDir makes a directory with the programs of the image, once per test process: PATH
+// for sandboxes, which have no image.
+var toolsDir = sync.OnceValues(func() (string, error) {
+	p, err := findPrograms()
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(binDir, "tools")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return "", err
+	}
+	links := map[string]string{"busybox": p.busybox, "labtool": p.tool}
+	for _, applet := range p.applets {
+		links[applet] = "busybox"
+	}
+	for name, to := range links {
+		if err := os.Symlink(to, filepath.Join(dir, name)); err != nil {
+			return "", err
+		}
+	}
+	return dir, nil
+})
+
 // imageTar writes the image's file system, once per test process.
 var imageTar = sync.OnceValues(func() (string, error) {
-	busybox, err := exec.LookPath("busybox")
-	if err != nil {
-		return "", fmt.Errorf("%w (scripts/deps.sh test)", err)
-	}
-	applets, err := exec.Command(busybox, "--list").Output()
-	if err != nil {
-		return "", fmt.Errorf("list busybox applets: %w", err)
-	}
-	tool, err := toolBinary()
+	p, err := findPrograms()
 	if err != nil {
 		return "", err
 	}
@@ -86,12 +124,10 @@ var imageTar = sync.OnceValues(func() (string, error) {
 	add(tar.Header{Name: "tmp/", Mode: 0o1777, Typeflag: tar.TypeDir}, nil)
 	add(tar.Header{Name: "etc/passwd", Mode: 0o644, Typeflag: tar.TypeReg}, []byte("root:x:0:0:root:/root:/bin/sh\n"))
 	add(tar.Header{Name: "etc/group", Mode: 0o644, Typeflag: tar.TypeReg}, []byte("root:x:0:\n"))
-	file("bin/busybox", busybox)
-	file("bin/labtool", tool)
-	for _, applet := range strings.Fields(string(applets)) {
-		if applet = path.Base(applet); applet != "busybox" {
-			add(tar.Header{Name: "bin/" + applet, Linkname: "busybox", Mode: 0o777, Typeflag: tar.TypeSymlink}, nil)
-		}
+	file("bin/busybox", p.busybox)
+	file("bin/labtool", p.tool)
+	for _, applet := range p.applets {
+		add(tar.Header{Name: "bin/" + applet, Linkname: "busybox", Mode: 0o777, Typeflag: tar.TypeSymlink}, nil)
 	}
 	if err == nil {
 		err = w.Close()

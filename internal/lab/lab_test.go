@@ -4,6 +4,7 @@ package lab
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -358,4 +359,43 @@ func TestLeaksAreSeen(t *testing.T) {
 		}
 	}
 	p.Kill()
+}
+
+// What a test leaves running of bpfnet's own ends with the lab: detached sandboxes, one that
+// listens to no signal, and their runners.
+func TestSandboxesEnd(t *testing.T) {
+	var pids []int
+	t.Run("left running", func(t *testing.T) {
+		l := New(t, Opts{})
+		b := l.StartBpfnet(t, nil)
+		b.Serve(t, "--name", "web", "-p", "8080:80")
+		b.MustCLI(t, "run", "-d", "--name", "deaf", "--", "sh", "-c", "trap '' TERM HUP INT; while :; do sleep 1; done")
+		l.Client.MustGet(t, port(Host4, 8080))
+		v4, v6 := b.Addrs(t, "web", "bpfnet")
+		if r := b.MustGet(t, "deaf", port(v4, 80)); r.View.Host != b.Sandbox(t, "web").ID[:12] || !v6.IsValid() {
+			t.Errorf("%v, %v: %+v", v4, v6, r)
+		}
+		for _, name := range []string{"web", "deaf"} {
+			pids = append(pids, b.Sandbox(t, name).PID)
+		}
+		if got := b.runners(); len(got) != 2 {
+			t.Errorf("runners: %v", got)
+		} else {
+			pids = append(pids, got...)
+		}
+		kinds := map[string]int{}
+		for _, what := range b.Belongings(t) {
+			kind, _, _ := strings.Cut(what, " ")
+			kinds[kind]++
+		}
+		// The default network's bridge, and a link and a directory each.
+		if want := map[string]int{"device": 3, "cgroup": 2, "directory": 2, "runner": 2}; !maps.Equal(kinds, want) {
+			t.Errorf("belongings %v, want %v", kinds, want)
+		}
+	})
+	for _, pid := range processes(func(procInfo) bool { return true }) {
+		if slices.Contains(pids, pid) {
+			t.Errorf("process %d lives on: %s", pid, read(fmt.Sprintf("/proc/%d/cmdline", pid)))
+		}
+	}
 }

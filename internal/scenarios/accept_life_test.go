@@ -35,8 +35,8 @@ type traffic struct {
 func begin(t *testing.T, w *site) *traffic {
 	t.Helper()
 	tr := &traffic{streams: map[string]*lab.Stream{}, pings: map[string]*lab.Process{}}
-	web4, web6 := w.d.Addrs(t, "web", "blue")
-	peer := w.d.NS(t, "peer")
+	web4, web6 := w.places().Addrs(t, "web", "blue")
+	peer := w.places().NS(t, "peer")
 	for _, c := range []struct {
 		name string
 		from *lab.NS
@@ -66,11 +66,10 @@ func begin(t *testing.T, w *site) *traffic {
 // flow waits until every ping has had some more answers, and streams have gone on for as long.
 func (tr *traffic) flow(t *testing.T) {
 	t.Helper()
+	const answers = 30 * int64(len("64 bytes from 172.18.0.2: icmp_seq=1 ttl=64 time=0.100 ms\n"))
 	for name, p := range tr.pings {
-		n := strings.Count(p.Stdout(), "bytes from")
-		lab.Eventually(t, 10*time.Second, name+": ping is answered", func() bool {
-			return strings.Count(p.Stdout(), "bytes from") >= n+30
-		})
+		n := p.Written()
+		lab.Eventually(t, 10*time.Second, name+": ping is answered", func() bool { return p.Written() >= n+answers })
 	}
 }
 
@@ -106,8 +105,8 @@ func (tr *traffic) end(t *testing.T, exact bool) {
 // works does one exchange of each kind.
 func (w *site) works(t *testing.T) {
 	t.Helper()
-	web4, web6 := w.d.Addrs(t, "web", "blue")
-	peer := w.d.NS(t, "peer")
+	web4, web6 := w.places().Addrs(t, "web", "blue")
+	peer := w.places().NS(t, "peer")
 	for _, network := range []string{"tcp", "udp"} {
 		for _, to := range []netip.Addr{lab.Host4, lab.Host6} {
 			r := w.Client.MustGet(t, "--network", network, at(to, 8080))
@@ -126,7 +125,7 @@ func (w *site) works(t *testing.T) {
 			require.Contains(t, []netip.Addr{lab.HostB4, lab.HostB6}, clientSeen(t, r))
 		}
 	}
-	r, err := w.d.NS(t, "far").Get("--timeout", "200ms", at(web4, 80))
+	r, err := w.places().NS(t, "far").Get("--timeout", "200ms", at(web4, 80))
 	require.Error(t, err, "%+v", r)
 }
 

@@ -35,8 +35,19 @@ func count(full int) int {
 // site is a lab with an engine, two dual-stack networks, blue and red, and the daemon.
 type site struct {
 	*lab.Lab
-	d *lab.Docker
+	d *lab.Docker // nil: bpfnet is the engine
 	b *lab.Bpfnet
+}
+
+// places says where containers are.
+func (w *site) places() interface {
+	Addrs(t testing.TB, container, network string) (v4, v6 netip.Addr)
+	NS(t testing.TB, container string) *lab.NS
+} {
+	if w.d == nil {
+		return w.b
+	}
+	return w.d
 }
 
 // The IPv6 subnets of the networks; the engine chooses the IPv4 ones.

@@ -29,12 +29,11 @@ func s04(t *testing.T, w *world) {
 		out, err := w.Run("exec", c.from, "ping", "-c", "1", "-W", "2", c.alias)
 		require.NoError(t, err, out)
 		assert.Equal(t, []int{64}, ttlsIn(out), out)
-		gateway := w.MustRun(t, "network", "inspect", "--format", "{{(index .IPAM.Config 0).Gateway}}", "testnet")
 		for _, to := range []string{
 			c.alias + ":" + c.containerPort,
 			addrPort(lab.Host4, c.hostPort),
 			addrPort(lab.HostB4, c.hostPort),
-			gateway + ":" + c.hostPort,
+			addrPort(w.Gateway(t, "testnet"), c.hostPort),
 		} {
 			page, err := w.Run("exec", c.from, "wget", "-q", "-O", "-", "http://"+to+"/")
 			if assert.NoError(t, err, "%s to %s", c.from, to) {

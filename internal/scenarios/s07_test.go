@@ -22,8 +22,8 @@ func s07(t *testing.T, w *world) {
 	t.Run("host", func(t *testing.T) {
 		w.Serve(t, "--net=host --name on-host", "--tcp 7100 --udp 7100")
 		t.Cleanup(func() { w.MustRun(t, "rm", "--force", "on-host") })
-		for _, own := range []string{lab.HostIf, lab.HostIf2, "docker0"} {
-			assert.Contains(t, w.MustRun(t, "exec", "on-host", "ls", "/sys/class/net"), own)
+		for _, own := range []string{lab.HostIf, lab.HostIf2, w.Bridge()} {
+			assert.Contains(t, w.MustRun(t, "exec", "on-host", "ip", "-o", "link"), ": "+own)
 		}
 		same, err := w.Run("exec", "on-host", "ip", "-o", "addr", "show", "dev", lab.HostIf)
 		require.NoError(t, err)

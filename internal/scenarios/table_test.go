@@ -63,6 +63,20 @@ func TestDocker(t *testing.T) {
 	}
 }
 
+// Needs root. The same scenarios on a host without Docker: bpfnet is the engine, and sandboxes are what
+// containers were. Addresses are those that Docker would give.
+func TestEmbedded(t *testing.T) {
+	l := lab.New(t, lab.Opts{})
+	b := l.StartBpfnet(t, nil, "--default-subnet", "172.17.0.0/16", "--default-subnet", "fd00:d0c::/64")
+	w := newWorld(t, l, embeddedEngine{b}, b)
+	for _, s := range scenarios {
+		t.Run(s.name, func(t *testing.T) {
+			w.start(t)
+			s.run(t, w)
+		})
+	}
+}
+
 // An engine runs containers. Its commands are docker's, whatever its name: options, networks and
 // names mean the same.
 type engine interface {
@@ -82,10 +96,17 @@ type engine interface {
 	WaitLog(t testing.TB, container, text string)
 	Addrs(t testing.TB, container, network string) (v4, v6 netip.Addr)
 	NS(t testing.TB, container string) *lab.NS
-	// Default is the name of the network that containers are on when nothing is said.
+	// Gateway is a network's IPv4 gateway, as the engine tells it.
+	Gateway(t testing.TB, network string) netip.Addr
+	// Default is the name of the network that containers are on when nothing is said, Bridge its
+	// device.
 	Default() string
+	Bridge() string
 	// Clear removes all containers, and all networks but the engine's own.
 	Clear(t testing.TB)
+	// Belongings are what the engine itself keeps for containers on the host, as far as it is
+	// bpfnet's to take away again. Sorted.
+	Belongings(t testing.TB) []string
 }
 
 // dockerEngine is Docker, with bpfnet as its data path.
@@ -106,7 +127,16 @@ func (d dockerEngine) Serve(t testing.TB, options, ports string) {
 	d.Docker.Serve(t, slices.Concat(strings.Fields(options), []string{"--"}, strings.Fields(ports))...)
 }
 
+func (d dockerEngine) Gateway(t testing.TB, network string) netip.Addr {
+	t.Helper()
+	return netip.MustParseAddr(d.MustRun(t, "network", "inspect", "--format", "{{(index .IPAM.Config 0).Gateway}}", network))
+}
+
 func (dockerEngine) Default() string { return "bridge" }
+func (dockerEngine) Bridge() string  { return "docker0" }
+
+// Belongings are Docker's own business here.
+func (dockerEngine) Belongings(testing.TB) []string { return nil }
 
 func (d dockerEngine) Clear(t testing.TB) {
 	t.Helper()
@@ -116,6 +146,62 @@ func (d dockerEngine) Clear(t testing.TB) {
 	if own := strings.Fields(d.MustRun(t, "network", "ls", "--quiet", "--filter", "type=custom")); len(own) > 0 {
 		d.MustRun(t, append([]string{"network", "rm"}, own...)...)
 	}
+}
+
+// embeddedEngine is bpfnet alone.
+type embeddedEngine struct{ *lab.Bpfnet }
+
+func (e embeddedEngine) Run(args ...string) (string, error) { return e.CLI(args...) }
+
+func (e embeddedEngine) MustRun(t testing.TB, args ...string) string {
+	t.Helper()
+	return e.MustCLI(t, args...)
+}
+
+func (e embeddedEngine) Create(t testing.TB, options string, command ...string) {
+	t.Helper()
+	e.MustCLI(t, slices.Concat([]string{"create"}, strings.Fields(options), []string{"--"}, command)...)
+}
+
+func (e embeddedEngine) Start(t testing.TB, options string, command ...string) {
+	t.Helper()
+	e.MustCLI(t, slices.Concat([]string{"run", "-d"}, strings.Fields(options), []string{"--"}, command)...)
+}
+
+func (e embeddedEngine) Serve(t testing.TB, options, ports string) {
+	t.Helper()
+	e.Bpfnet.Serve(t, slices.Concat(strings.Fields(options), []string{"--"}, strings.Fields(ports))...)
+}
+
+func (e embeddedEngine) Gateway(t testing.TB, network string) netip.Addr {
+	t.Helper()
+	config := e.InspectNetwork(t, network).IPAM.Config
+	require.NotEmpty(t, config)
+	return netip.MustParseAddr(config[0].Gateway)
+}
+
+func (embeddedEngine) Default() string { return "bpfnet" }
+func (embeddedEngine) Bridge() string  { return "bpfnet0" }
+
+func (e embeddedEngine) Clear(t testing.TB) {
+	t.Helper()
+	snap := e.Snapshot(t)
+	remove := func(command []string, names []string) {
+		if len(names) > 0 {
+			e.MustCLI(t, append(command, names...)...)
+		}
+	}
+	var sandboxes, networks []string
+	for _, s := range snap.Sandboxes {
+		sandboxes = append(sandboxes, s.Name)
+	}
+	for _, n := range snap.Networks {
+		if n.Source == "bpfnet" && n.Name != e.Default() {
+			networks = append(networks, n.Name)
+		}
+	}
+	remove([]string{"rm", "--force"}, sandboxes)
+	remove([]string{"network", "rm"}, networks)
 }
 
 // world is what a scenario happens in.
@@ -158,6 +244,7 @@ type left struct {
 	EndpointMap, LinkMap, PortMap int      // entries
 	Flows4, Flows6                int
 	Pins                          []string
+	Sandboxes, Belongings         []string
 }
 
 func (w *world) left(t *testing.T) left {
@@ -171,6 +258,10 @@ func (w *world) left(t *testing.T) left {
 		out.Ports = append(out.Ports, p.Host+" "+p.Proto)
 	}
 	out.Attachments = attachments(snap)
+	for _, s := range snap.Sandboxes {
+		out.Sandboxes = append(out.Sandboxes, s.Name)
+	}
+	out.Belongings = w.Belongings(t)
 	fill, err := w.maps.Fill()
 	require.NoError(t, err)
 	for _, f := range fill {
@@ -233,6 +324,7 @@ func (w *world) nothingLeft(t *testing.T) {
 func (a left) equal(b left) bool {
 	return slices.Equal(a.Endpoints, b.Endpoints) && slices.Equal(a.Ports, b.Ports) &&
 		slices.Equal(a.Attachments, b.Attachments) && slices.Equal(a.Pins, b.Pins) &&
+		slices.Equal(a.Sandboxes, b.Sandboxes) && slices.Equal(a.Belongings, b.Belongings) &&
 		a.EndpointMap == b.EndpointMap && a.LinkMap == b.LinkMap && a.PortMap == b.PortMap &&
 		a.Flows4 == b.Flows4 && a.Flows6 == b.Flows6
 }

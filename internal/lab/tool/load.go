@@ -47,6 +47,9 @@ func stream(ctx context.Context, args []string) error {
 		return errors.Join(err, printJSON(summary{Error: err.Error()}))
 	}
 	defer c.Close()
+	if u, ok := c.(*net.UDPConn); ok {
+		roomy(u)
+	}
 	s := &streamer{conn: c, udp: strings.HasPrefix(*network, "udp"), got: make(map[int64]bool)}
 	in := bufio.NewReader(c)
 	if !s.udp {

@@ -83,6 +83,7 @@ func serve(ctx context.Context, args []string) error {
 		if err != nil {
 			return err
 		}
+		roomy(c.(*net.UDPConn))
 		all = append(all, c)
 		go func() { fail(s.answerUDP(c.(*net.UDPConn))) }()
 	}
@@ -104,6 +105,18 @@ func serve(ctx context.Context, args []string) error {
 	case err := <-failed:
 		return err
 	}
+}
+
+// roomy lets a socket hold some thousand datagrams, where that is permitted: a program that waits for
+// a processor for a while must not look like a network that loses them.
+func roomy(c *net.UDPConn) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return
+	}
+	_ = raw.Control(func(fd uintptr) {
+		_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 16<<20)
+	})
 }
 
 func ports(list string) []string {

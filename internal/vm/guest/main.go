@@ -2,16 +2,19 @@
 
 // Command guest is the init of a virtual machine with an older kernel. It takes the part of the
 // daemon there (load, attach, fill the tables, load again, clean up) and sends real packets in
-// between. Every check is a line on the console: "ok NAME" or "FAIL NAME: why"; "GUEST DONE" with their
-// number is the last.
+// between. Then bpfnet itself is started and makes networks and sandboxes; last come tests of
+// packages. Every check is a line on the console: "ok NAME" or "FAIL NAME: why"; "GUEST DONE" with
+// their number is the last.
 //
-//	guest ATTACH TESTS MODULE...
+// What to do is told by the file /plan. In a sandbox the guest is server or client:
 //
-// ATTACH is the way of attaching that the kernel should lead to, tcx or clsact. TESTS is a pattern of
-// names: these tests of package bpf run too. The modules are loaded in this order.
+//	guest serve PORT
+//	guest ask tcp|udp NAME:PORT
 package main
 
 import (
+	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -20,6 +23,16 @@ import (
 
 	"golang.org/x/sys/unix"
 )
+
+// plan is what the test has written for the guest; it has the same fields.
+type plan struct {
+	Attach  string   // the way of attaching that the kernel should lead to, tcx or clsact
+	Modules []string // to be loaded, in this order
+	Tests   []tests
+}
+
+// tests are some of a package, in a test binary.
+type tests struct{ Binary, Run, Skip string }
 
 var checks int
 
@@ -33,37 +46,88 @@ func check(name string, err error) {
 }
 
 func main() {
-	if len(os.Args) > 3 {
-		// Packages look at /proc as they are initialized: once more, now that there is one.
-		err := boot(os.Args[3:])
-		if err == nil {
-			err = unix.Exec(os.Args[0], os.Args[:3], nil)
+	if os.Getpid() == 1 {
+		if err := errors.Join(initialize(), unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)); err != nil {
+			panic(err)
 		}
-		check("boot", err)
-	} else {
-		if err := run(os.Args[1]); err != nil {
-			check("run", err) // what it found itself unable to go on after
+		return
+	}
+	if len(os.Args) > 1 {
+		if err := role(os.Args[1:]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
 		}
-		check("tests of bpf", runTests(os.Args[2]))
+		return
+	}
+	p, err := readPlan()
+	if err == nil {
+		err = run(p.Attach)
+	}
+	if err != nil {
+		check("run", err) // what it found itself unable to go on after
+	}
+	for _, t := range p.Tests {
+		started := time.Now()
+		check("tests of "+strings.TrimSuffix(t.Binary, ".test"), t.run())
+		fmt.Println(t.Binary, time.Since(started).Round(time.Second/10))
 	}
 	fmt.Println("GUEST DONE", checks)
-	if err := unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF); err != nil {
-		panic(err)
-	}
 }
 
-// runTests runs tests of package bpf. Their output is for whoever reads the console.
-func runTests(pattern string) error {
-	// The instructions are counted in the object: any kernel will do, one with the sources best.
-	cmd := exec.Command("/bpf.test", "-test.run", pattern, "-test.skip", "TestInstructions")
+func readPlan() (p plan, err error) {
+	text, err := os.ReadFile("/plan")
+	if err == nil {
+		err = json.Unmarshal(text, &p)
+	}
+	return p, err
+}
+
+// run runs the tests. Their output is for whoever reads the console.
+func (t tests) run() error {
+	args := []string{"-test.run", t.Run}
+	if t.Skip != "" {
+		args = append(args, "-test.skip", t.Skip)
+	}
+	cmd := exec.Command("/"+t.Binary, args...)
+	cmd.Dir = "/root"
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	return cmd.Run()
+}
+
+// initialize is what an init does: it boots, starts the guest proper, and waits for it and for all
+// processes whose parents have ended.
+func initialize() error {
+	p, err := readPlan()
+	if err != nil {
+		return err
+	}
+	if err := boot(p.Modules); err != nil {
+		return err
+	}
+	// In a process of its own, as packages look at /proc when they are initialized.
+	child, err := os.StartProcess(os.Args[0], os.Args[:1], &os.ProcAttr{
+		Files: []*os.File{os.Stdin, os.Stdout, os.Stderr},
+		Env:   []string{"PATH=/bin", "HOME=/root", "BPFNET_REQUIRE_ROOT=1"},
+	})
+	if err != nil {
+		return err
+	}
+	for {
+		pid, err := unix.Wait4(-1, nil, 0, nil)
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			return err
+		}
+		if pid == child.Pid {
+			return nil
+		}
+	}
 }
 
 // boot does what a distribution would have done.
 func boot(modules []string) error {
 	for _, m := range []struct{ fstype, dir string }{
-		{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"}, {"tmpfs", "/tmp"}, {"bpf", bpffsRoot}, {"cgroup2", cgroupRoot},
+		{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"}, {"tmpfs", "/tmp"}, {"tmpfs", "/run"},
+		{"devpts", "/dev/pts"}, {"bpf", bpffsRoot}, {"cgroup2", cgroupRoot},
 	} {
 		if err := os.MkdirAll(m.dir, 0o755); err != nil {
 			return err
@@ -72,12 +136,43 @@ func boot(modules []string) error {
 			return fmt.Errorf("mount %s: %w", m.dir, err)
 		}
 	}
+	// As systemd does it: mount namespaces(7) tells of what that means to those who make namespaces.
+	if err := unix.Mount("", "/", "", unix.MS_SHARED|unix.MS_REC, ""); err != nil {
+		return fmt.Errorf("share mounts: %w", err)
+	}
 	for _, name := range modules {
 		if err := loadModule("/" + name); err != nil {
 			return fmt.Errorf("load module %s: %w", name, err)
 		}
 	}
-	return nil
+	return fill()
+}
+
+// fill makes the files that programs look for.
+func fill() error {
+	for _, dir := range []string{"/bin", "/etc", "/mnt", "/root", "/var/lib"} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+	}
+	for name, text := range map[string]string{
+		"/etc/hosts":       "127.0.0.1 localhost\n::1 localhost\n",
+		"/etc/resolv.conf": "nameserver 192.0.2.53\n", // nobody's
+		"/etc/passwd":      "root:x:0:0:root:/root:/bin/sh\n",
+		"/etc/group":       "root:x:0:\n",
+	} {
+		if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
+			return err
+		}
+	}
+	if err := os.Symlink("/run", "/var/run"); err != nil {
+		return err
+	}
+	out, err := exec.Command("/busybox", "--install", "-s", "/bin").CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("install busybox: %w: %s", err, out)
+	}
+	return os.Symlink("/bpfnet", "/bin/bpfnet")
 }
 
 func loadModule(path string) error {

@@ -27,7 +27,7 @@ const (
 	// small ones are for lo, whose MTU is no hint at a container's: what does not fit is lost.
 	small = 1000
 	// bulk makes TCP segments that are offloaded, by the hundred.
-	bulk = 4 << 20
+	bulk = 8 << 20
 )
 
 var protocols = []string{"tcp", "udp"}
@@ -76,7 +76,7 @@ func run(attach string) error {
 	check("restart", s.restart(attach))
 	check("purge", s.purge())
 	check("cleanup", s.cleanup())
-	return nil
+	return s.own()
 }
 
 func at(a netip.Addr, port uint16) netip.AddrPort { return netip.AddrPortFrom(a, port) }
@@ -246,20 +246,29 @@ func (s *scene) cleanup() error {
 	if err := loader.Cleanup(paths, netdev.Clsact{}); err != nil {
 		return err
 	}
-	if _, err := os.Stat(pins); !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("pins are left: %w", err)
-	}
 	if err := s.attachedBy(""); err != nil {
 		return err
 	}
-	s.writer = nil // with it goes memory that it shares with a map, once that is collected
+	s.loader, s.maps, s.writer = nil, nil, nil // with them goes memory shared with a map, once that is collected
+	return nothingLoaded()
+}
+
+// nothingLoaded finds no program or map in the kernel, and no pins.
+func nothingLoaded() error {
+	if _, err := os.Stat(pins); !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("pins are left: %w", err)
+	}
 	return eventually(func() error {
 		runtime.GC()
-		if _, err := ebpf.ProgramGetNextID(0); !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("programs are left: %w", err)
+		if id, err := ebpf.ProgramGetNextID(0); !errors.Is(err, fs.ErrNotExist) {
+			return errors.Join(fmt.Errorf("program %d is left", id), err)
 		}
-		if _, err := ebpf.MapGetNextID(0); !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("maps are left: %w", err)
+		if id, err := ebpf.MapGetNextID(0); !errors.Is(err, fs.ErrNotExist) {
+			m, err2 := ebpf.NewMapFromID(id)
+			if err2 == nil {
+				defer m.Close()
+			}
+			return errors.Join(fmt.Errorf("map %d is left: %v", id, m), err, err2)
 		}
 		return nil
 	})
