@@ -40,7 +40,7 @@ for group in "$@"; do
 	test)
 		packages="$packages docker.io docker-compose iptables nftables iproute2 conntrack tcpdump
 			busybox-static iperf3 ethtool iputils-ping traceroute procps util-linux curl
-			qemu-system-x86 xz-utils"
+			qemu-system-x86 xz-utils strace"
 		;;
 	generate) packages="$packages clang-14 llvm-14 libbpf-dev linux-libc-dev" ;;
 	check) packages="$packages clang-format-14" ;;
