@@ -399,3 +399,35 @@ func TestSandboxesEnd(t *testing.T) {
 		}
 	}
 }
+
+// A machine behind a tun link is reached, and reaches the host, in both families and both ways,
+// with packets as large as the link takes.
+func TestTun(t *testing.T) {
+	const mtu = 1400
+	l := New(t, Opts{})
+	remote := l.Tun(t, mtu)
+	l.Host.Serve(t, "--tcp", "80", "--udp", "80")
+	remote.Serve(t, "--tcp", "80", "--udp", "80")
+	text := strings.Repeat("x", 5000) // several segments, or fragments
+	for _, way := range []struct {
+		from     *NS
+		src, dst netip.Addr
+	}{
+		{remote, Remote4, Tun4},
+		{remote, Remote6, Tun6},
+		{remote, Remote4, Host4},
+		{l.Host, Tun4, Remote4},
+		{l.Host, Tun6, Remote6},
+	} {
+		for _, proto := range []string{"tcp", "udp"} {
+			r := way.from.MustGet(t, "--network", proto, "--send", text, port(way.dst, 80))
+			if seen := netip.MustParseAddrPort(r.View.Remote).Addr(); seen != way.src {
+				t.Errorf("%s from %v to %v: seen as %v", proto, way.src, way.dst, seen)
+			}
+		}
+	}
+	link := l.Host.Link(t, TunIf).Attrs()
+	if link.MTU != mtu || len(link.HardwareAddr) != 0 {
+		t.Errorf("tun device: mtu %d, hardware address %v", link.MTU, link.HardwareAddr)
+	}
+}
