@@ -160,27 +160,6 @@ func (d *device) hasPeer() bool {
 	return (d.kind == "veth" || d.kind == "netkit") && d.peer != 0
 }
 
-func deviceOf(l netlink.Link) device {
-	a := l.Attrs()
-	d := device{
-		index:    a.Index,
-		name:     a.Name,
-		kind:     l.Type(),
-		mtu:      a.MTU,
-		up:       a.RawFlags&unix.IFF_UP != 0,
-		own:      a.Alias == Alias,
-		loopback: a.RawFlags&unix.IFF_LOOPBACK != 0,
-		ethernet: a.EncapType == "ether",
-		master:   a.MasterIndex,
-		peer:     a.ParentIndex,
-		peerNS:   a.NetNsID,
-	}
-	if len(a.HardwareAddr) == len(d.mac) {
-		copy(d.mac[:], a.HardwareAddr)
-	}
-	return d
-}
-
 // address is an address of a device of this namespace.
 type address struct {
 	index  int
@@ -188,13 +167,9 @@ type address struct {
 }
 
 func (d *Devices) links() ([]device, error) {
-	list, err := retry("list links", d.linkList)
+	devs, err := retry("list links", d.linkList)
 	if err != nil {
 		return nil, err
-	}
-	devs := make([]device, 0, len(list))
-	for _, l := range list {
-		devs = append(devs, deviceOf(l))
 	}
 	slices.SortFunc(devs, func(a, b device) int { return cmp.Compare(a.index, b.index) })
 	return devs, nil
@@ -204,24 +179,34 @@ func (d *Devices) links() ([]device, error) {
 const skipStats = 1 << 3
 
 // linkList dumps links without their counters, which are half of a message.
-func (d *Devices) linkList() ([]netlink.Link, error) {
-	req := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_DUMP)
-	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: d.queries}
-	req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
-	req.AddData(nl.NewRtAttr(unix.IFLA_EXT_MASK, nl.Uint32Attr(skipStats)))
-	msgs, err := req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
+func (d *Devices) linkList() ([]device, error) {
+	msgs, err := d.getLink(unix.NLM_F_DUMP, 0)
 	if err != nil {
 		return nil, err
 	}
-	list := make([]netlink.Link, 0, len(msgs))
+	list := make([]device, 0, len(msgs))
 	for _, m := range msgs {
-		l, err := netlink.LinkDeserialize(nil, m)
+		dev, err := parseLink(m)
 		if err != nil {
 			return nil, err
 		}
-		list = append(list, l)
+		list = append(list, dev)
 	}
 	return list, nil
+}
+
+// getLink asks for links: all of them by a dump, or the one with the index.
+func (d *Devices) getLink(flags, ifindex int, more ...nl.NetlinkRequestData) ([][]byte, error) {
+	req := nl.NewNetlinkRequest(unix.RTM_GETLINK, flags)
+	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: d.queries}
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index = int32(ifindex)
+	req.AddData(msg)
+	req.AddData(nl.NewRtAttr(unix.IFLA_EXT_MASK, nl.Uint32Attr(skipStats)))
+	for _, m := range more {
+		req.AddData(m)
+	}
+	return req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
 }
 
 func (d *Devices) addrs() ([]address, error) {
@@ -248,36 +233,32 @@ func (d *Devices) addrs() ([]address, error) {
 
 // linkByIndex returns nil if there is no such device.
 func (d *Devices) linkByIndex(ifindex int) (*device, error) {
-	l, err := d.handle.LinkByIndex(ifindex)
-	if errors.As(err, &netlink.LinkNotFoundError{}) || errors.Is(err, unix.ENODEV) {
+	msgs, err := d.getLink(unix.NLM_F_ACK, ifindex)
+	if errors.Is(err, unix.ENODEV) || err == nil && len(msgs) == 0 {
 		return nil, nil
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read link %d: %w", ifindex, err)
 	}
-	dev := deviceOf(l)
+	dev, err := parseLink(msgs[0])
+	if err != nil {
+		return nil, fmt.Errorf("read link %d: %w", ifindex, err)
+	}
 	return &dev, nil
 }
 
 // peerMAC asks for a device of another namespace without entering it. It returns the zero
 // MAC if the namespace or the device is gone: the next snapshot will not hold the link.
 func (d *Devices) peerMAC(nsid, ifindex int) policy.MAC {
-	req := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_ACK)
-	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: d.queries}
-	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
-	msg.Index = int32(ifindex)
-	req.AddData(msg)
-	req.AddData(nl.NewRtAttr(unix.IFLA_TARGET_NETNSID, nl.Uint32Attr(uint32(nsid))))
-
-	replies, err := req.Execute(unix.NETLINK_ROUTE, 0)
-	if err != nil || len(replies) == 0 {
+	msgs, err := d.getLink(unix.NLM_F_ACK, ifindex, nl.NewRtAttr(unix.IFLA_TARGET_NETNSID, nl.Uint32Attr(uint32(nsid))))
+	if err != nil || len(msgs) == 0 {
 		return policy.MAC{}
 	}
-	l, err := netlink.LinkDeserialize(nil, replies[0])
+	dev, err := parseLink(msgs[0])
 	if err != nil {
 		return policy.MAC{}
 	}
-	return deviceOf(l).mac
+	return dev.mac
 }
 
 // retry repeats a dump that was interrupted by a change: its result may lack entries.

@@ -346,6 +346,28 @@ func linkByName(h *netlink.Handle, name string) (*device, error) {
 	return &dev, nil
 }
 
+// deviceOf is parseLink for links that the netlink package has read.
+func deviceOf(l netlink.Link) device {
+	a := l.Attrs()
+	d := device{
+		index:    a.Index,
+		name:     a.Name,
+		kind:     l.Type(),
+		mtu:      a.MTU,
+		up:       a.RawFlags&unix.IFF_UP != 0,
+		own:      a.Alias == Alias,
+		loopback: a.RawFlags&unix.IFF_LOOPBACK != 0,
+		ethernet: a.EncapType == "ether",
+		master:   a.MasterIndex,
+		peer:     a.ParentIndex,
+		peerNS:   a.NetNsID,
+	}
+	if len(a.HardwareAddr) == len(d.mac) {
+		copy(d.mac[:], a.HardwareAddr)
+	}
+	return d
+}
+
 // mustLink fails if there is no such device.
 func mustLink(h *netlink.Handle, name string) (*device, error) {
 	l, err := linkByName(h, name)

@@ -203,17 +203,15 @@ func (w *watcher) send(ctx context.Context, ev Event) bool {
 func (w *watcher) parse(m *syscall.NetlinkMessage) (Event, bool) {
 	switch m.Header.Type {
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
-		if len(m.Data) < unix.SizeofIfInfomsg {
+		if len(m.Data) == 0 {
 			return Event{}, false
 		}
 		family := m.Data[0]
-		hdr := unix.NlMsghdr(m.Header)
-		l, err := netlink.LinkDeserialize(&hdr, m.Data)
+		l, err := parseLink(m.Data)
 		if err != nil {
 			return Event{}, false
 		}
-		a := l.Attrs()
-		ev := Event{Kind: LinkChanged, Gone: m.Header.Type == unix.RTM_DELLINK, Ifindex: a.Index, Name: a.Name, Master: a.MasterIndex}
+		ev := Event{Kind: LinkChanged, Gone: m.Header.Type == unix.RTM_DELLINK, Ifindex: l.index, Name: l.name, Master: l.master}
 		if family == unix.AF_BRIDGE {
 			ev.Kind = PortChanged
 		}
