@@ -176,6 +176,10 @@ func Compile(in Intents, last Slots) (Tables, Slots) {
 	for _, id := range refused {
 		t.Conflicts = append(t.Conflicts, fmt.Sprintf("network %s: more than %d networks", id, MaxNetworks-1))
 	}
+	bridges := make(map[string]Bridge, len(in.Devices.Bridges))
+	for _, b := range in.Devices.Bridges {
+		bridges[b.Name] = b
+	}
 	byID := make(map[string]Network)
 	for _, n := range networks {
 		slot, ok := slots.Networks[n.ID]
@@ -183,7 +187,7 @@ func Compile(in Intents, last Slots) (Tables, Slots) {
 			continue
 		}
 		byID[n.ID] = n
-		t.Networks[slot] = networkRow(n, in.Devices.Bridges)
+		t.Networks[slot] = networkRow(n, bridges[n.Bridge])
 		for _, s := range n.Subnets {
 			t.Subnets[s.Masked()] = slot
 		}
@@ -248,7 +252,7 @@ func ids[T any](list []T, id func(T) string) []string {
 	return out
 }
 
-func networkRow(n Network, bridges []Bridge) NetworkRow {
+func networkRow(n Network, b Bridge) NetworkRow {
 	row := NetworkRow{NoICC: n.NoICC, Masquerade: !n.NoMasquerade && !n.Internal, Internal: n.Internal, MTU: n.MTU}
 	for _, g := range n.Gateways {
 		if g = g.Unmap(); g.Is4() {
@@ -257,13 +261,9 @@ func networkRow(n Network, bridges []Bridge) NetworkRow {
 			row.Gateway6 = g
 		}
 	}
-	for _, b := range bridges {
-		if b.Name == n.Bridge {
-			row.Ifindex, row.MAC = b.Ifindex, b.MAC
-			if b.MTU != 0 {
-				row.MTU = b.MTU
-			}
-		}
+	row.Ifindex, row.MAC = b.Ifindex, b.MAC
+	if b.MTU != 0 {
+		row.MTU = b.MTU
 	}
 	return row
 }
