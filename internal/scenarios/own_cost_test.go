@@ -11,8 +11,6 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
-
-	"github.com/bpfnet/bpfnet/internal/lab"
 )
 
 // sample are the times that one thing took, again and again.
@@ -35,10 +33,17 @@ func timed(f func()) time.Duration {
 	return time.Since(start)
 }
 
-// yardstick says how fast the machine is at what all of this is made of, at this moment: a small file
-// made durable, a veth pair made and deleted, and a process that does nothing.
-func yardstick(t *testing.T, l *lab.Lab) {
+// nominal is what one yardstick took, half of the time, on the machine that the limits below were
+// set on.
+const nominal = 50 * time.Millisecond
+
+// yardstick says how fast the machine is, at this moment, at what all of this is made of: a small
+// file made durable, a veth pair made and deleted, and the processor's work, of which five starts of
+// the command stand for a typical share. It returns a limit in this machine's time: longer where the
+// yardstick is, never shorter.
+func yardstick(t *testing.T, w *site) (limit func(time.Duration) time.Duration) {
 	t.Helper()
+	l := w.Lab
 	f, err := os.Create(filepath.Join(l.Dir, "yardstick"))
 	require.NoError(t, err)
 	defer f.Close()
@@ -53,23 +58,24 @@ func yardstick(t *testing.T, l *lab.Lab) {
 			l.Host.MustRun(t, "ip", "link", "add", "yard0", "type", "veth", "peer", "name", "yard1")
 			l.Host.MustRun(t, "ip", "link", "del", "yard0")
 		}))
-		processes = append(processes, timed(func() { l.Host.MustRun(t, "true") }))
+		processes = append(processes, timed(func() { w.b.MustCLI(t, "--help") }))
 	}
-	t.Logf("yardstick: write and fsync: %v", syncs)
-	t.Logf("yardstick: ip link add and del of a veth: %v", veths)
-	t.Logf("yardstick: nsenter true: %v", processes)
+	took := syncs.quantile(0.5) + veths.quantile(0.5) + 5*processes.quantile(0.5)
+	slow := max(1, float64(took)/float64(nominal))
+	t.Logf("yardstick %.2f times the nominal: write and fsync: %v; veth added and deleted: %v; bpfnet --help: %v", slow, syncs, veths, processes)
+	return func(d time.Duration) time.Duration { return time.Duration(float64(d) * slow) }
 }
 
 // Needs root. "bpfnet run --rm -- true" takes 100 ms at most, half of the time.
 func TestOwnCostRun(t *testing.T) {
 	w := newOwnSite(t)
-	yardstick(t, w.Lab)
+	limit := yardstick(t, w)
 	var took sample
 	for range max(count(200), 50) {
 		took = append(took, timed(func() { w.b.MustCLI(t, "run", "--rm", "--", "true") }))
 	}
 	t.Logf("run --rm -- true: %v", took)
-	require.LessOrEqual(t, took.quantile(0.5), 100*time.Millisecond)
+	require.LessOrEqual(t, took.quantile(0.5), limit(100*time.Millisecond))
 
 	var published sample
 	for range max(count(100), 20) {
@@ -93,13 +99,11 @@ func TestOwnCostNetworks(t *testing.T) {
 			first = append(first, took)
 		}
 	}
-	yardstick(t, w.Lab)
-	for i := range 50 {
-		name := fmt.Sprintf("more%d", i)
+	limit := yardstick(t, w)
+	for i := range 50 { // none removed meanwhile: the kernel's end of a bridge holds up the next one's beginning
 		last = append(last, timed(func() {
-			w.b.MustCLI(t, "network", "create", "--subnet", fmt.Sprintf("10.200.%d.0/24", i), name)
+			w.b.MustCLI(t, "network", "create", "--subnet", fmt.Sprintf("10.200.%d.0/24", i), fmt.Sprintf("more%d", i))
 		}))
-		w.b.MustCLI(t, "network", "rm", name)
 	}
 	t.Logf("network create, the first: %v; with %d present: %v", first, networks, last)
 	var pooled sample
@@ -107,8 +111,8 @@ func TestOwnCostNetworks(t *testing.T) {
 		pooled = append(pooled, timed(func() { w.b.MustCLI(t, "network", "create", fmt.Sprintf("pooled%d", i)) }))
 	}
 	t.Logf("with a subnet of the pools: %v", pooled)
-	require.LessOrEqual(t, last.quantile(0.5), 50*time.Millisecond)
-	require.LessOrEqual(t, pooled.quantile(0.5), 50*time.Millisecond)
+	require.LessOrEqual(t, last.quantile(0.5), limit(50*time.Millisecond))
+	require.LessOrEqual(t, pooled.quantile(0.5), limit(50*time.Millisecond))
 }
 
 // Needs root. A daemon that finds 1,000 endpoints in its store has them in its tables a second later
@@ -139,11 +143,11 @@ func TestOwnCostStart(t *testing.T) {
 		w.b.MustCLI(t, append(append([]string{"run", "-d", "--name", fmt.Sprintf("s%d", i)}, attach...), "--", "sleep", "100000")...)
 	}
 	require.Equal(t, networks*sandboxes, w.readyEndpoints(t))
-	yardstick(t, w.Lab)
+	limit := yardstick(t, w)
 	took := starts()
 	require.Equal(t, networks*sandboxes, w.readyEndpoints(t), "READY=1 is said when all are")
 	t.Logf("from exec to READY=1: %v; with %d endpoints: %v; resident %d KiB", empty, networks*sandboxes, took, residentKiB(t, w.b.PID()))
-	require.LessOrEqual(t, took.quantile(0.5)-empty.quantile(0.5), time.Second)
+	require.LessOrEqual(t, took.quantile(0.5)-empty.quantile(0.5), limit(time.Second))
 }
 
 // readyEndpoints counts the endpoints that take packets.
