@@ -108,7 +108,7 @@ func Load(opts Options) (*Loader, error) {
 	if err := ensureBPFFS(opts.BPFFS); err != nil {
 		return nil, err
 	}
-	for _, dir := range []string{maps.Dir(opts.BPFFS), linksDir(opts.BPFFS)} {
+	for _, dir := range []string{maps.Dir(opts.BPFFS), linksDir(opts.BPFFS), programsDir(opts.BPFFS)} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("make pin directory: %w", err)
 		}
@@ -140,7 +140,9 @@ func Load(opts Options) (*Loader, error) {
 			delete(sweeps.Programs, name)
 		}
 	}
-	l.tc, err = l.load(spec)
+	datapath := shelf{programsDir(opts.BPFFS), bpf.DatapathDigest()}
+	sock := shelf{programsDir(opts.BPFFS), bpf.SockDigest()}
+	l.tc, err = l.load(spec, datapath)
 	if err != nil {
 		l.Close()
 		return nil, err
@@ -153,18 +155,21 @@ func Load(opts Options) (*Loader, error) {
 	// The sock object shares the maps; it declares the flow tables with their nominal size.
 	delete(spec.Maps, "flows4")
 	delete(spec.Maps, "flows6")
-	l.sock, err = l.load(spec)
+	l.sock, err = l.load(spec, sock)
+	if err == nil {
+		err = clear(programsDir(opts.BPFFS), datapath, sock)
+	}
 	if err != nil {
 		l.Close()
 		return nil, err
 	}
-	l.sweepers = loadSweepers(sweeps, l.tc.Maps)
+	l.sweepers = loadSweepers(sweeps, l.tc.Maps, datapath)
 	return l, nil
 }
 
 // load makes a collection of pinned maps. A pinned map of another shape is of another version: it is
 // replaced, and the daemon fills it anew.
-func (l *Loader) load(spec *ebpf.CollectionSpec) (*ebpf.Collection, error) {
+func (l *Loader) load(spec *ebpf.CollectionSpec, kept shelf) (*ebpf.Collection, error) {
 	dir := maps.Dir(l.opts.BPFFS)
 	for name, m := range spec.Maps {
 		if m.Pinning != ebpf.PinByName {
@@ -186,17 +191,17 @@ func (l *Loader) load(spec *ebpf.CollectionSpec) (*ebpf.Collection, error) {
 			}
 		}
 	}
-	c, err := newCollection(spec, dir)
+	c, err := newCollection(spec, dir, kept)
 	if err != nil {
 		return nil, explainLoad(err)
 	}
 	return c, nil
 }
 
-// newCollection makes the maps, and then loads programs on half of the processors: the verifier takes
+// newCollection makes the maps, and then loads programs that are not kept on half of the processors: the verifier takes
 // about a second for all of them, and a kernel that does not preempt gives nobody else the processor
 // while it looks at one. On all of them, the host's programs would stand still for that second.
-func newCollection(spec *ebpf.CollectionSpec, pins string) (*ebpf.Collection, error) {
+func newCollection(spec *ebpf.CollectionSpec, pins string, kept shelf) (*ebpf.Collection, error) {
 	c, err := ebpf.NewCollectionWithOptions(part(spec, nil), ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: pins}})
 	if err != nil {
 		return nil, err
@@ -209,7 +214,7 @@ func newCollection(spec *ebpf.CollectionSpec, pins string) (*ebpf.Collection, er
 		return cmp.Or(cmp.Compare(len(spec.Programs[b].Instructions), len(spec.Programs[a].Instructions)), cmp.Compare(a, b))
 	}) {
 		group.Go(func() error {
-			prog, err := loadProgram(spec, name, c.Maps)
+			prog, err := loadProgram(spec, name, c.Maps, kept)
 			if err != nil {
 				return err
 			}
@@ -233,13 +238,19 @@ func part(spec *ebpf.CollectionSpec, programs map[string]*ebpf.ProgramSpec) *ebp
 	return p
 }
 
-func loadProgram(spec *ebpf.CollectionSpec, name string, have map[string]*ebpf.Map) (*ebpf.Program, error) {
+func loadProgram(spec *ebpf.CollectionSpec, name string, have map[string]*ebpf.Map, kept shelf) (*ebpf.Program, error) {
+	if p := kept.take(spec.Programs[name], have, spec.Maps); p != nil {
+		return p, nil
+	}
 	c, err := ebpf.NewCollectionWithOptions(part(spec, map[string]*ebpf.ProgramSpec{name: spec.Programs[name].Copy()}),
 		ebpf.CollectionOptions{MapReplacements: have})
 	if err != nil {
 		return nil, err
 	}
 	defer c.Close()
+	if err := kept.put(name, c.Programs[name]); err != nil {
+		return nil, err
+	}
 	return c.DetachProgram(name), nil
 }
 
@@ -251,12 +262,12 @@ type sweepers struct {
 	err      error
 }
 
-func loadSweepers(spec *ebpf.CollectionSpec, have map[string]*ebpf.Map) *sweepers {
+func loadSweepers(spec *ebpf.CollectionSpec, have map[string]*ebpf.Map, kept shelf) *sweepers {
 	s := &sweepers{loaded: make(chan struct{}), programs: make(map[string]*ebpf.Program)}
 	go func() {
 		defer close(s.loaded)
 		for name := range spec.Programs {
-			prog, err := loadProgram(spec, name, have)
+			prog, err := loadProgram(spec, name, have, kept)
 			if err != nil {
 				s.err = explainLoad(err)
 				return

@@ -5,6 +5,7 @@ package loader_test
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -176,4 +177,69 @@ func TestSweep(t *testing.T) {
 	}
 	require.NoError(t, loader.Cleanup(paths, nil))
 	require.NoError(t, os.MkdirAll(paths.BPFFS, 0o700))
+}
+
+// Needs root. A second start of the same build takes up the programs that the first one loaded; one
+// whose map is another is loaded anew, and one of another build goes.
+func TestProgramsAreKept(t *testing.T) {
+	lb := lab.New(t, lab.Opts{})
+	paths := loader.Paths{BPFFS: lb.BPFFS, Cgroup: lb.Cgroup}
+	ids := func() map[string]ebpf.ProgramID {
+		entries, err := os.ReadDir(filepath.Join(lb.BPFFS, "programs"))
+		require.NoError(t, err)
+		out := make(map[string]ebpf.ProgramID)
+		for _, e := range entries {
+			p, err := ebpf.LoadPinnedProgram(filepath.Join(lb.BPFFS, "programs", e.Name()), nil)
+			require.NoError(t, err)
+			info, err := p.Info()
+			p.Close()
+			require.NoError(t, err)
+			id, _ := info.ID()
+			name, _, _ := strings.Cut(e.Name(), "-")
+			out[name] = id
+		}
+		return out
+	}
+	require.NoError(t, lb.Host.Do(func() error {
+		l := load(t, loader.Options{Paths: paths})
+		_, err := l.Expire()
+		require.NoError(t, err)
+		l.Close()
+		first := ids()
+		require.Contains(t, first, loader.FromContainer)
+		require.Contains(t, first, "sock_connect4")
+		require.Contains(t, first, "expire")
+
+		stray := filepath.Join(lb.BPFFS, "programs", "from_bridge-of-another-build")
+		require.NoError(t, os.Rename(filepath.Join(lb.BPFFS, "programs", glob(t, lb, "from_bridge")), stray))
+		l = load(t, loader.Options{Paths: paths})
+		_, err = l.Expire()
+		require.NoError(t, err)
+		l.Close()
+		second := ids()
+		require.NotEqual(t, first[loader.FromBridge], second[loader.FromBridge])
+		require.NoFileExists(t, stray)
+		delete(first, loader.FromBridge)
+		for name, id := range first {
+			require.Equal(t, id, second[name], name)
+		}
+
+		// The map that remembers what sockets dialled is of the sock programs alone.
+		require.NoError(t, os.Remove(filepath.Join(maps.Dir(lb.BPFFS), "sock_peers")))
+		l = load(t, loader.Options{Paths: paths})
+		l.Close()
+		third := ids()
+		require.NotEqual(t, second["sock_connect4"], third["sock_connect4"], "it has another map")
+		require.Equal(t, second[loader.FromHost], third[loader.FromHost])
+		return nil
+	}))
+}
+
+// glob is the name of the program's pin.
+func glob(t *testing.T, lb *lab.Lab, program string) string {
+	t.Helper()
+	found, err := filepath.Glob(filepath.Join(lb.BPFFS, "programs", program+"-*"))
+	require.NoError(t, err)
+	require.Len(t, found, 1)
+	return filepath.Base(found[0])
 }

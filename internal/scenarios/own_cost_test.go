@@ -115,8 +115,8 @@ func TestOwnCostNetworks(t *testing.T) {
 	require.LessOrEqual(t, pooled.quantile(0.5), limit(50*time.Millisecond))
 }
 
-// Needs root. A daemon that finds 1,000 endpoints in its store has them in its tables a second later
-// than the kernel has taken its programs, which it must on a host without any endpoint too.
+// Needs root. A daemon that finds 1,000 endpoints in its store has them in its tables after a second.
+// The kernel has its programs from the start before.
 func TestOwnCostStart(t *testing.T) {
 	w := newOwnSite(t)
 	const networks, sandboxes = 10, 100
@@ -147,7 +147,7 @@ func TestOwnCostStart(t *testing.T) {
 	took := starts()
 	require.Equal(t, networks*sandboxes, w.readyEndpoints(t), "READY=1 is said when all are")
 	t.Logf("from exec to READY=1: %v; with %d endpoints: %v; resident %d KiB", empty, networks*sandboxes, took, residentKiB(t, w.b.PID()))
-	require.LessOrEqual(t, took.quantile(0.5)-empty.quantile(0.5), limit(time.Second))
+	require.LessOrEqual(t, took.quantile(0.5), limit(time.Second))
 }
 
 // readyEndpoints counts the endpoints that take packets.
