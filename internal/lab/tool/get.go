@@ -71,6 +71,9 @@ func get(ctx context.Context, args []string) error {
 
 // resolve looks a host name up as any program does: /etc/hosts, then DNS.
 func resolve(ctx context.Context, network, hostPort string) (netip.AddrPort, error) {
+	if a, err := netip.ParseAddrPort(hostPort); err == nil {
+		return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()), nil // a lookup would lose the zone
+	}
 	host, port, err := net.SplitHostPort(hostPort)
 	if err != nil {
 		return netip.AddrPort{}, err
@@ -128,7 +131,11 @@ func (s *socket) close() { unix.Close(s.fd) }
 
 func (s *socket) sockaddr(a netip.AddrPort) unix.Sockaddr {
 	if s.ipv6 {
-		return &unix.SockaddrInet6{Addr: a.Addr().As16(), Port: int(a.Port())}
+		six := &unix.SockaddrInet6{Addr: a.Addr().As16(), Port: int(a.Port())}
+		if i, err := net.InterfaceByName(a.Addr().Zone()); err == nil { // fe80::1%eth0
+			six.ZoneId = uint32(i.Index)
+		}
+		return six
 	}
 	return &unix.SockaddrInet4{Addr: a.Addr().As4(), Port: int(a.Port())}
 }
