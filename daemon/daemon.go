@@ -95,6 +95,7 @@ type Daemon struct {
 	problem  string // of the last round, so that it is logged once
 	snapshot *api.Snapshot
 	stored   policy.State // Docker's, as the store has it
+	seats    map[seat]policy.MAC
 }
 
 // Run runs the daemon until ctx ends. The network runs on afterwards. An error before it serves means
@@ -190,6 +191,7 @@ func (d *Daemon) remember() error {
 			return err
 		}
 		d.stored = d.engine
+		d.sitDown(d.stored.Endpoints)
 	}
 	saved, err := d.store.Sysctls()
 	if err != nil {
@@ -483,6 +485,7 @@ func (d *Daemon) reconcile() (err error) {
 	} else if renew {
 		errs = append(errs, d.writer.Renew())
 	}
+	errs = append(errs, d.announceMoves(state, devices))
 	errs = append(errs, d.writeSnapshot(state))
 	return errors.Join(errs...)
 }

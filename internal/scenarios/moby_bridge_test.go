@@ -92,18 +92,21 @@ func mobyICC(t *testing.T, w bridgeSite) {
 // Containers of different networks do not, in any direction, internal or not. Engine 20.10 gives those of
 // internal networks a default route, so that it is the data path that holds them.
 func mobyINC(t *testing.T, w bridgeSite) {
-	const isolated = "isolated/container"
 	at := map[string][]netip.Addr{}
 	for name, network := range map[string]string{"peer": "blue", "far": "red", "inner": "indoors", "deep": "cellar"} {
 		at[name] = w.pair(t, name, network)
 	}
+	indoors := map[string]bool{"inner": true, "deep": true}
 	var all []probe
 	for from := range at {
 		for to := range at {
 			if from == to {
 				continue
 			}
-			p := probe{from: w.d.NS(t, from), why: isolated}
+			p := probe{from: w.d.NS(t, from), why: "isolated/container"}
+			if indoors[from] || indoors[to] {
+				p.why = "internal/container"
+			}
 			var none netip.Addr
 			all = append(all, slices.Concat(each(p, 80, none, none, at[to]...), pings(p, at[to]...))...)
 		}
