@@ -82,3 +82,12 @@ int purge(struct expire_args *args)
 	*args = s.args;
 	return 0;
 }
+
+/* Adds to the gauge what was put into the flow tables from outside. */
+SEC("syscall")
+int gauge(struct flow_gauge *added)
+{
+	gauge_add(false, added->entries[0]);
+	gauge_add(true, added->entries[1]);
+	return 0;
+}

@@ -285,6 +285,7 @@ const (
 	DatapathPortBitsPORT_UDP  DatapathPortBits = 2
 	DatapathPortBitsPORT_SCTP DatapathPortBits = 4
 	DatapathPortBitsPORT_SNAT DatapathPortBits = 8
+	DatapathPortBitsPORT_HELD DatapathPortBits = 16
 )
 
 type DatapathPortClass struct {
@@ -533,6 +534,7 @@ const (
 	DatapathProgFromHost       = "from_host"
 	DatapathProgFromUplink     = "from_uplink"
 	DatapathProgFromUplinkL3   = "from_uplink_l3"
+	DatapathProgGauge          = "gauge"
 	DatapathProgPurge          = "purge"
 	DatapathProgToContainer    = "to_container"
 	DatapathProgToUplink       = "to_uplink"
@@ -587,6 +589,7 @@ type DatapathProgramSpecs struct {
 	FromHost      *ebpf.ProgramSpec `ebpf:"from_host"`
 	FromUplink    *ebpf.ProgramSpec `ebpf:"from_uplink"`
 	FromUplinkL3  *ebpf.ProgramSpec `ebpf:"from_uplink_l3"`
+	Gauge         *ebpf.ProgramSpec `ebpf:"gauge"`
 	Purge         *ebpf.ProgramSpec `ebpf:"purge"`
 	ToContainer   *ebpf.ProgramSpec `ebpf:"to_container"`
 	ToUplink      *ebpf.ProgramSpec `ebpf:"to_uplink"`
@@ -726,6 +729,7 @@ type DatapathPrograms struct {
 	FromHost      *ebpf.Program `ebpf:"from_host"`
 	FromUplink    *ebpf.Program `ebpf:"from_uplink"`
 	FromUplinkL3  *ebpf.Program `ebpf:"from_uplink_l3"`
+	Gauge         *ebpf.Program `ebpf:"gauge"`
 	Purge         *ebpf.Program `ebpf:"purge"`
 	ToContainer   *ebpf.Program `ebpf:"to_container"`
 	ToUplink      *ebpf.Program `ebpf:"to_uplink"`
@@ -740,6 +744,7 @@ func (p *DatapathPrograms) Close() error {
 		p.FromHost,
 		p.FromUplink,
 		p.FromUplinkL3,
+		p.Gauge,
 		p.Purge,
 		p.ToContainer,
 		p.ToUplink,

@@ -477,11 +477,19 @@ func (d *Daemon) reconcile() (err error) {
 
 	// First the maps, as far as the guards stand; then the guards; then what they make possible.
 	errs = append(errs, d.apply(in, settings))
+	fresh := d.newcomers(devices, pinned)
 	changed, err := d.attach(devices, served, pinned, reported)
 	ofDevices = append(ofDevices, err)
 	if changed {
 		in.Attached = d.attached
-		errs = append(errs, d.apply(in, settings))
+		var adopted bpfmaps.Adopted
+		if len(fresh) > 0 {
+			// A flow that is lost is no reason to serve nobody.
+			if adopted, err = d.adopt(in, fresh); err != nil {
+				d.log.Error("take over flows from netfilter", "err", err)
+			}
+		}
+		errs = append(errs, d.apply(in, settings), d.count(adopted))
 	} else if renew {
 		errs = append(errs, d.writer.Renew())
 	}

@@ -358,6 +358,9 @@ COMMIT
 func TestLeftoverRules(t *testing.T) {
 	f := well()
 	f.Rules.Chains = ParseIPTables("iptables", "ip", engine28)
+	assert.Equal(t, "bpfnet takeover", checkLeftovers(f)[0].Fix)
+	// It needs a daemon.
+	f.Daemon.Running = false
 	found := checkLeftovers(f)
 	require.Len(t, found, 1)
 	assert.Equal(t, Note, found[0].State)

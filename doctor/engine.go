@@ -133,12 +133,13 @@ type leftovers struct {
 	restore      []string // what iptables-restore is to be given
 	chains       int
 	rules        int
-	kept         []string         // chains with rules of the user's own
+	kept         []*Chain         // with rules of the user's own
+	bridges      []string         // that the rules name
 	ports        map[string]int64 // published ports that are still translated: "tcp 8080"
 }
 
-// collect goes through the chains of one tool.
-func (f *Facts) collect(tool string) leftovers {
+// collect goes through the chains of one tool. dropUser: DOCKER-USER goes too, whatever is in it.
+func (f *Facts) collect(tool string, dropUser bool) leftovers {
 	l := leftovers{tool: tool, ports: make(map[string]int64)}
 	tables := make(map[string][]*Chain)
 	var order []string
@@ -154,7 +155,7 @@ func (f *Facts) collect(tool string) leftovers {
 		tables[c.Table] = append(tables[c.Table], c)
 	}
 	ours := func(c *Chain) bool {
-		return dockerChain(c.Name) && !(swarm && c.Name == "DOCKER-INGRESS") && !ownRules(c)
+		return dockerChain(c.Name) && !(swarm && c.Name == "DOCKER-INGRESS") && (dropUser || !ownRules(c))
 	}
 	any := false
 	for _, t := range order {
@@ -170,7 +171,7 @@ func (f *Facts) collect(tool string) leftovers {
 				gone[c.Name] = true
 				l.chains++
 			} else if dockerChain(c.Name) && ownRules(c) {
-				l.kept = append(l.kept, c.Name)
+				l.kept = append(l.kept, c)
 			}
 		}
 		var lines []string
@@ -179,10 +180,12 @@ func (f *Facts) collect(tool string) leftovers {
 				if gone[c.Name] {
 					l.rules++
 					l.port(r)
+					l.bridge(r)
 					continue
 				}
 				if gone[r.Verdict.Target] || c.Hook != "" && f.dockerRule(t, c.Name, r) {
 					l.rules++
+					l.bridge(r)
 					lines = append(lines, "-D"+strings.TrimPrefix(r.Text, "-A"))
 				}
 			}
@@ -203,6 +206,20 @@ func (f *Facts) collect(tool string) leftovers {
 		}
 	}
 	return l
+}
+
+// bridge remembers which of the Engine's devices a rule names.
+func (l *leftovers) bridge(r Rule) {
+	for _, m := range r.Matches {
+		if m.Field != "iif" && m.Field != "oif" {
+			continue
+		}
+		for _, v := range m.Values {
+			if !slices.Contains(l.bridges, v) {
+				l.bridges = append(l.bridges, v)
+			}
+		}
+	}
 }
 
 // port remembers which port a rule translates.
@@ -287,8 +304,8 @@ func checkLeftovers(f *Facts) []Finding {
 	}
 	var out []Finding
 	inUse := false
-	for _, tool := range []string{"iptables", "ip6tables", "iptables-legacy", "ip6tables-legacy"} {
-		l := f.collect(tool)
+	for _, tool := range iptablesTools {
+		l := f.collect(tool, false)
 		if len(l.restore) == 0 {
 			continue
 		}
@@ -303,7 +320,9 @@ func checkLeftovers(f *Facts) []Finding {
 		fix := fmt.Sprintf(`printf '%%s\n' %s | %s-restore --noflush`, strings.Join(words, " "), tool)
 		text := fmt.Sprintf("rules (%d) and chains (%d) of an Engine that ran with iptables before (%s)", l.rules, l.chains, tool)
 		if len(l.kept) > 0 {
-			text += fmt.Sprintf("; %s has rules of your own, which no packet of a container meets, and stays", some(l.kept))
+			text += "; DOCKER-USER has rules of your own, which no packet of a container meets, and stays"
+		} else if f.Daemon.Running {
+			fix = f.ours("takeover")
 		}
 		if stolen := f.stolen(l); len(stolen) > 0 {
 			out = append(out, brokenf(fix, "%s: they take %s from the program of the host that listens there", text, some(stolen)))
@@ -313,6 +332,9 @@ func checkLeftovers(f *Facts) []Finding {
 	}
 	for _, c := range f.Rules.Chains {
 		fix := commandLine("nft", "delete", "table", c.Family, c.Table)
+		if f.Daemon.Running {
+			fix = f.ours("takeover")
+		}
 		if c.Tool != "nft" || c.Table != "docker-bridges" || slices.ContainsFunc(out, func(x Finding) bool { return x.Fix == fix }) {
 			continue
 		}

@@ -537,6 +537,19 @@ func (l *Loader) Expire() (Swept, error) { return l.sweep("expire") }
 // Purge deletes the flows of endpoints and ports that are gone.
 func (l *Loader) Purge() (Swept, error) { return l.sweep("purge") }
 
+// AddToGauge counts entries that were put into flows4 and flows6 by other hands than the data path's.
+func (l *Loader) AddToGauge(v4, v6 int) error {
+	<-l.sweepers.loaded
+	if l.sweepers.err != nil {
+		return l.sweepers.err
+	}
+	added := bpf.DatapathFlowGauge{Entries: [2]int64{int64(v4), int64(v6)}}
+	if _, err := l.sweepers.programs["gauge"].Run(&ebpf.RunOptions{Context: added}); err != nil {
+		return fmt.Errorf("run gauge: %w", err)
+	}
+	return nil
+}
+
 func (l *Loader) sweep(program string) (Swept, error) {
 	var args bpf.DatapathExpireArgs
 	<-l.sweepers.loaded

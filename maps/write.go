@@ -59,7 +59,8 @@ type Writer struct {
 	settings   Settings
 	generation uint32
 	seed       uint32
-	classBytes []byte // ports and subnets as written
+	classBytes []byte              // ports and subnets as written
+	held       map[uint16]struct{} // ports of adopted flows
 }
 
 // NewWriter reads what the maps hold; it changes nothing.
@@ -75,6 +76,9 @@ func NewWriter(m *Maps) (*Writer, error) {
 		return nil, fmt.Errorf("read config: %w", err)
 	}
 	w.generation, w.seed = cfg.Generation, cfg.HashSeed
+	if err := w.readHeld(); err != nil {
+		return nil, err
+	}
 	return w, w.Resync()
 }
 
@@ -355,6 +359,9 @@ func (w *Writer) writeClass(t policy.Tables, s Settings) (int, error) {
 		case policy.SCTP:
 			want[i] |= byte(bpf.DatapathPortBitsPORT_SCTP)
 		}
+	}
+	for p := range w.held {
+		want[classPorts+int(p)] |= byte(bpf.DatapathPortBitsPORT_HELD)
 	}
 	for p := range t.Subnets {
 		bits, all := subnetBits(p)

@@ -305,6 +305,11 @@ static __always_inline int container_slow(struct __sk_buff *skb, struct scratch 
 		if (whole && !addr_is_link_local(&p->saddr, v6) &&
 		    class->ports[port_index(p->dport)] & port_bit(p->proto))
 			port = port_find(p, v6);
+		if (port && host_has_stream(skb, s, v6)) {
+			/* Not remembered: the same tuple may dial anew. */
+			count_endpoint_tx(skb, slot);
+			return to_stack(skb, HOOK_CONTAINER);
+		}
 		if (!port || !port_serves(port, v6)) {
 			if (!port && whole && port_reserved(p, cfg, class))
 				return drop_from(skb, slot, REASON_PORT_NOT_READY);

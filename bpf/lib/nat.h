@@ -227,6 +227,41 @@ static __always_inline bool host_socket_owns(struct __sk_buff *skb, struct scrat
 	return true;
 }
 
+/*
+ * Whether a TCP packet in mid-stream is for a connection that ends in a socket of the host, such as
+ * docker-proxy's: it began before the port was ours, and would be reset in a container.
+ */
+static __always_inline bool host_has_stream(struct __sk_buff *skb, struct scratch *s, const bool v6)
+{
+	const struct packet *p = &s->packet;
+	struct bpf_sock_tuple *t = &s->tuple;
+	struct bpf_sock *sk;
+	bool stream;
+	__u32 size;
+
+	if (p->proto != IPPROTO_TCP || (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)
+		return false;
+	if (v6) {
+		__builtin_memcpy(t->ipv6.saddr, &p->saddr, sizeof(t->ipv6.saddr));
+		__builtin_memcpy(t->ipv6.daddr, &p->daddr, sizeof(t->ipv6.daddr));
+		t->ipv6.sport = p->sport;
+		t->ipv6.dport = p->dport;
+		size = sizeof(t->ipv6);
+	} else {
+		t->ipv4.saddr = p->saddr.w[3];
+		t->ipv4.daddr = p->daddr.w[3];
+		t->ipv4.sport = p->sport;
+		t->ipv4.dport = p->dport;
+		size = sizeof(t->ipv4);
+	}
+	sk = bpf_skc_lookup_tcp(skb, t, size, BPF_F_CURRENT_NETNS, 0);
+	if (!sk)
+		return false;
+	stream = sk->state != BPF_TCP_LISTEN;
+	bpf_sk_release(sk);
+	return stream;
+}
+
 /* Masquerade port number index of the configured ranges, host order; 0 where it must not be used. */
 static __always_inline __u16 snat_port(const struct config *cfg, const struct port_class *class,
 				       __u32 index)

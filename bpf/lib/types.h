@@ -158,6 +158,7 @@ enum port_bits {
 	PORT_UDP = 2,
 	PORT_SCTP = 4,
 	PORT_SNAT = 8, /* may carry a masqueraded flow */
+	PORT_HELD = 16, /* carries one, adopted from the host's stack */
 } __attribute__((packed));
 
 /*

@@ -35,7 +35,7 @@ static __always_inline int uplink_slow(struct __sk_buff *skb, struct scratch *s,
 		return PASS;
 	if (class->ports[port_index(p->dport)] & port_bit(p->proto))
 		port = port_find(p, v6);
-	if (port && !port_serves(port, v6))
+	if (port && (!port_serves(port, v6) || host_has_stream(skb, s, v6)))
 		return PASS;
 	if (!port && !port_reserved(p, cfg, class))
 		return PASS;
@@ -93,7 +93,7 @@ static __always_inline int uplink_ip(struct __sk_buff *skb, struct scratch *s, c
 	bits = class->ports[dport];
 	if (!subnet && !(p->flags & PACKET_FRAGMENT) &&
 	    (p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP) &&
-	    !((bits | class->engine[dport]) & (port_bit(p->proto) | PORT_SNAT)))
+	    !((bits | class->engine[dport]) & (port_bit(p->proto) | PORT_SNAT | PORT_HELD)))
 		return PASS;
 	if (p->flags & PACKET_NEIGHBOUR && !subnet)
 		return PASS;

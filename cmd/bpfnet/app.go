@@ -207,6 +207,7 @@ work with the daemon down too.`,
 		a.portCommand(),
 		a.publishCommand(),
 		a.unpublishCommand(),
+		a.takeoverCommand(),
 		a.cleanupCommand(),
 		a.versionCommand(),
 	)

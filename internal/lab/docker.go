@@ -76,28 +76,7 @@ func (l *Lab) StartDocker(t testing.TB, opts DockerOpts) *Docker {
 	if err := os.WriteFile(config, []byte("{}\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	root, err := cgroup2Root()
-	if err != nil {
-		t.Fatal(err)
-	}
-	d.args = []string{
-		"--config-file", config,
-		"--data-root", filepath.Join(dir, "data"),
-		"--exec-root", filepath.Join(dir, "exec"),
-		"--pidfile", filepath.Join(dir, "docker.pid"),
-		"--host", d.Host,
-		"--cgroup-parent", strings.TrimPrefix(l.cgroup("containers"), root),
-		"--exec-opt", "native.cgroupdriver=cgroupfs",
-		"--storage-driver", "overlay2",
-		"--log-level", "warn", // containerd is talkative
-		fmt.Sprintf("--iptables=%t", opts.IPTables),
-		fmt.Sprintf("--ip6tables=%t", false),
-		fmt.Sprintf("--userland-proxy=%t", opts.Proxy || opts.ProxyPath != ""),
-	}
-	if opts.ProxyPath != "" {
-		d.args = append(d.args, "--userland-proxy-path", opts.ProxyPath)
-	}
-	d.args = append(d.args, opts.ExtraArgs...)
+	d.configure(t, opts)
 
 	t.Cleanup(func() {
 		if t.Failed() && d.proc != nil {
@@ -110,6 +89,42 @@ func (l *Lab) StartDocker(t testing.TB, opts DockerOpts) *Docker {
 		t.Fatal(err)
 	}
 	return d
+}
+
+// configure sets the engine's command line.
+func (d *Docker) configure(t testing.TB, opts DockerOpts) {
+	t.Helper()
+	root, err := cgroup2Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.args = []string{
+		"--config-file", filepath.Join(d.Dir, "daemon.json"),
+		"--data-root", filepath.Join(d.Dir, "data"),
+		"--exec-root", filepath.Join(d.Dir, "exec"),
+		"--pidfile", filepath.Join(d.Dir, "docker.pid"),
+		"--host", d.Host,
+		"--cgroup-parent", strings.TrimPrefix(d.lab.cgroup("containers"), root),
+		"--exec-opt", "native.cgroupdriver=cgroupfs",
+		"--storage-driver", "overlay2",
+		"--log-level", "warn", // containerd is talkative
+		fmt.Sprintf("--iptables=%t", opts.IPTables),
+		fmt.Sprintf("--ip6tables=%t", false),
+		fmt.Sprintf("--userland-proxy=%t", opts.Proxy || opts.ProxyPath != ""),
+	}
+	if opts.ProxyPath != "" {
+		d.args = append(d.args, "--userland-proxy-path", opts.ProxyPath)
+	}
+	d.args = append(d.args, opts.ExtraArgs...)
+}
+
+// Reconfigure restarts the engine with other options, as an operator does who has changed its settings.
+// Containers live on where both have live-restore among their arguments.
+func (d *Docker) Reconfigure(t testing.TB, opts DockerOpts) {
+	t.Helper()
+	d.Stop(t)
+	d.configure(t, opts)
+	d.Start(t)
 }
 
 // Start starts the engine again after Stop or Kill, and waits until it answers.

@@ -203,7 +203,7 @@ func (s *streamer) finish(received <-chan struct{}, grace time.Duration) {
 func floodConnect(ctx context.Context, args []string) error {
 	f := newFlags("flood-connect")
 	network := f.String("network", "tcp", "tcp, tcp4 or tcp6")
-	duration := f.Duration("duration", time.Second, "at most 60 s")
+	duration := f.Duration("duration", time.Second, "at most 10 min")
 	workers := f.Int("workers", 1, "at most 64")
 	limit := f.Int64("max", 0, "end after `N` connections; 0: no limit")
 	end := f.String("close", "rst", "rst or fin; fin leaves ports in TIME_WAIT")
@@ -212,7 +212,7 @@ func floodConnect(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, min(*duration, time.Minute))
+	ctx, cancel := context.WithTimeout(ctx, min(*duration, 10*time.Minute))
 	defer cancel()
 	var result struct {
 		OK     int64            `json:"ok"`

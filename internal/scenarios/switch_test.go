@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package scenarios
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/gopacket/gopacket"
+	"github.com/gopacket/gopacket/layers"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/bpfnet/bpfnet/internal/lab"
+)
+
+// The options of an Engine that makes its rules, in both families, and of one that leaves them to
+// bpfnet. Both leave containers running when it restarts.
+var (
+	rulesOn = lab.DockerOpts{
+		IPTables: true, Proxy: true, ExtraArgs: []string{"--live-restore", "--ip6tables=true", "--experimental"},
+	}
+	rulesOff = lab.DockerOpts{ExtraArgs: []string{"--live-restore", "--experimental"}}
+)
+
+// newSwitchSite is a host with an Engine that makes its own rules, and containers on three networks:
+// web and peer on blue, other on red, plain on the default one.
+func newSwitchSite(t *testing.T, docker lab.DockerOpts) *site {
+	t.Helper()
+	l := lab.New(t, lab.Opts{BridgeNetfilter: true})
+	w := &site{Lab: l, d: l.StartDocker(t, docker)}
+	w.networks(t)
+	w.serve(t, "web", "blue", "-p", "8080:80", "-p", "8080:80/udp")
+	w.d.Serve(t, "--name", "peer", "--network", "blue")
+	w.d.Serve(t, "--name", "other", "--network", "red")
+	w.d.Serve(t, "--name", "plain")
+	l.Client2.Serve(t, "--tcp", "7000", "--udp", "7000")
+	return w
+}
+
+// busy starts what must not notice that the host is switched over.
+func busy(t *testing.T, w *site) *traffic {
+	t.Helper()
+	tr := &traffic{streams: map[string]*lab.Stream{}, pings: map[string]*lab.Process{}}
+	web4, web6 := w.d.Addrs(t, "web", "blue")
+	peer := w.d.NS(t, "peer")
+	for _, c := range []struct {
+		name string
+		from *lab.NS
+		to   string
+	}{
+		{"published", w.Client, at(lab.Host4, 8080)},
+		{"published v6", w.Client, at(lab.Host6, 8080)},
+		{"container", peer, at(web4, 80)},
+		{"container v6", peer, at(web6, 80)},
+		{"egress", peer, at(lab.Client24, 7000)},
+		{"egress v6", peer, at(lab.Client26, 7000)},
+		{"egress of the default network", w.d.NS(t, "plain"), at(lab.Client24, 7000)},
+		{"host to container", w.Host, at(web4, 80)},
+	} {
+		for _, network := range []string{"tcp", "udp"} {
+			tr.streams[c.name+" "+network] = c.from.Stream(t, "--network", network, "--interval", "10ms", "--duration", "5m", "--grace", map[string]string{"tcp": "6s", "udp": "500ms"}[network], c.to)
+		}
+	}
+	for name, to := range map[string]netip.Addr{"egress": lab.Client24, "egress v6": lab.Client26} {
+		tr.pings[name] = peer.Start(t, "stdbuf", "-oL", "ping", "-i", "0.02", "-W", "2", to.String())
+	}
+	tr.flow(t)
+	return tr
+}
+
+// What the probes of closed ways carry, so that captures know them whatever became of their source.
+const (
+	probePort = 4321
+	probeSize = 333 // bytes of an echo request's data
+)
+
+// watched are captures inside of containers, of what should never arrive there.
+type watched map[string]*lab.Capture
+
+// isProbe knows a probe by what it carries.
+func isProbe(p gopacket.Packet) bool {
+	switch l := p.TransportLayer().(type) {
+	case *layers.TCP:
+		return l.DstPort == probePort
+	case *layers.UDP:
+		return l.DstPort == probePort
+	}
+	if l, ok := p.Layer(layers.LayerTypeICMPv4).(*layers.ICMPv4); ok {
+		return l.TypeCode.Type() == layers.ICMPv4TypeEchoRequest && len(l.LayerPayload()) == probeSize
+	}
+	if l, ok := p.Layer(layers.LayerTypeICMPv6Echo).(*layers.ICMPv6Echo); ok {
+		return len(l.LayerPayload())+4 >= probeSize && len(l.LayerPayload()) <= probeSize+4
+	}
+	return false
+}
+
+// probe sends to an address by every protocol, some dozen packets a second, until the test ends.
+func probe(t *testing.T, w *site, from *lab.NS, to netip.Addr) {
+	t.Helper()
+	target := at(to, probePort)
+	from.Start(t, w.Tool, "flood-connect", "--duration", "5m", "--timeout", "50ms", target)
+	from.Start(t, w.Tool, "udp-count", "--count", "100000", "--interval", "50ms", target)
+	from.Start(t, "ping", "-q", "-i", "0.05", "-s", fmt.Sprint(probeSize), to.String())
+}
+
+// knock has every way probed that the Engine's own rules close.
+func knock(t *testing.T, w *site) watched {
+	t.Helper()
+	seen := watched{}
+	nets := map[string]string{"web": "blue", "other": "red", "plain": "bridge"}
+	from := map[string][]*lab.NS{
+		"web":   {w.d.NS(t, "other"), w.d.NS(t, "plain"), w.Client},
+		"other": {w.d.NS(t, "web"), w.Client},
+		"plain": {w.d.NS(t, "other"), w.Client},
+	}
+	for name, network := range nets {
+		ns := w.d.NS(t, name)
+		seen[name] = ns.Capture(t, "eth0", func(p gopacket.Packet) bool { return isProbe(p) })
+		v4, v6 := w.d.Addrs(t, name, network)
+		for _, f := range from[name] {
+			for _, to := range []netip.Addr{v4, v6} {
+				if to.IsValid() && (to.Is4() || network != "bridge") {
+					probe(t, w, f, to)
+				}
+			}
+		}
+	}
+	return seen
+}
+
+// none requires that no probe has arrived.
+func (seen watched) none(t *testing.T, when string) {
+	t.Helper()
+	for name, c := range seen {
+		for _, f := range c.Frames() {
+			if !f.Outgoing {
+				t.Fatalf("%s: %s got a packet that the Engine's rules would have dropped: %v", when, name, f.Packet)
+			}
+		}
+	}
+}
+
+// Needs root. A host whose Engine makes its own rules is switched over to bpfnet and back, as README.md
+// says, with containers running, streams in both directions, and every closed way probed all the time.
+//
+//	client ── host (dockerd, bpfnet; blue: web, peer; red: other; bridge: plain) ── client2
+func TestSwitchOverAndBack(t *testing.T) {
+	w := newSwitchSite(t, rulesOn)
+	tr := busy(t, w)
+	seen := knock(t, w)
+	proxied := w.Host.Stream(t, "--interval", "10ms", "--duration", "5m", "127.0.0.1:8080")
+	step := func(when string) {
+		t.Helper()
+		tr.flow(t)
+		seen.none(t, when)
+	}
+	step("before")
+
+	// Beside the Engine's rules.
+	w.b = w.StartBpfnet(t, w.d)
+	for _, name := range []string{"web", "peer", "other", "plain"} {
+		w.ready(t, name)
+	}
+	m := w.maps(t)
+	before := readCounters(t, m)
+	step("beside the Engine's rules")
+	assert.Positive(t, since(t, m, before).fast(), "nothing takes the fast path")
+	assert.Contains(t, w.b.Log(), "took over flows from netfilter")
+	sum := proxied.Finish(t)
+	assert.Zero(t, sum.Lost+sum.Corrupt+sum.Resets, "through docker-proxy: %+v", sum)
+	assert.Greater(t, sum.Received, int64(20))
+
+	// The Engine without.
+	w.d.Reconfigure(t, rulesOff)
+	step("the Engine without rules of its own")
+	require.Contains(t, w.Host.MustRun(t, "iptables-save"), "DOCKER", "the Engine left nothing behind")
+	require.Contains(t, w.Host.MustRun(t, "ip6tables-save"), "DOCKER", "the Engine left nothing behind")
+
+	// Without the old rules.
+	rules := w.rules(t)
+	assert.Contains(t, w.b.MustCLI(t, "takeover", "--dry-run"), "would remove")
+	require.Equal(t, rules, w.rules(t), "a dry run changes nothing")
+	assert.Contains(t, w.b.MustCLI(t, "takeover"), "left alone: policy DROP of FORWARD (iptables)")
+	assert.NotContains(t, w.rules(t), "DOCKER")
+	assert.NotContains(t, w.rules(t), "MASQUERADE")
+	assert.Contains(t, w.b.MustCLI(t, "takeover"), "nothing is left of an Engine that made rules")
+	step("the old rules gone")
+	tr.end(t, false)
+}
+
+// rules are those of iptables, both families, without counters.
+func (w *site) rules(t *testing.T) string {
+	t.Helper()
+	var out []string
+	for _, tool := range []string{"iptables-save", "ip6tables-save"} {
+		for line := range strings.Lines(w.Host.MustRun(t, tool)) {
+			if !strings.HasPrefix(line, "#") && !strings.HasPrefix(line, ":") {
+				out = append(out, tool+" "+line)
+			}
+		}
+	}
+	return strings.Join(out, "")
+}
