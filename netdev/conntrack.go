@@ -96,7 +96,7 @@ func parseTracked(raw []byte) (k policy.Tracked, ok bool) {
 	if len(raw) < nl.SizeofNfgenmsg {
 		return k, false
 	}
-	a, err := attributes(raw[nl.SizeofNfgenmsg:])
+	a, err := ctAttributes(raw[nl.SizeofNfgenmsg:])
 	if err != nil {
 		return k, false
 	}
@@ -115,8 +115,8 @@ func parseTracked(raw []byte) (k policy.Tracked, ok bool) {
 	k.Proto, k.Orig, ok1 = parseTuple(a[nl.CTA_TUPLE_ORIG], false)
 	_, k.Reply, ok2 = parseTuple(a[nl.CTA_TUPLE_REPLY], true)
 	if k.Proto == unix.IPPROTO_TCP {
-		info, _ := attributes(a[nl.CTA_PROTOINFO])
-		tcp, _ := attributes(info[nl.CTA_PROTOINFO_TCP])
+		info, _ := ctAttributes(a[nl.CTA_PROTOINFO])
+		tcp, _ := ctAttributes(info[nl.CTA_PROTOINFO_TCP])
 		if s := tcp[nl.CTA_PROTOINFO_TCP_STATE]; len(s) != 1 || s[0] > tcpLastAck {
 			return k, false // over
 		}
@@ -124,8 +124,8 @@ func parseTracked(raw []byte) (k policy.Tracked, ok bool) {
 	return k, ok1 && ok2
 }
 
-// attributes are those of one level by type; flags are left out.
-func attributes(raw []byte) (map[int][]byte, error) {
+// ctAttributes are those of one level by type; flags are left out.
+func ctAttributes(raw []byte) (map[int][]byte, error) {
 	list, err := nl.ParseRouteAttr(raw)
 	if err != nil {
 		return nil, err
@@ -139,12 +139,12 @@ func attributes(raw []byte) (map[int][]byte, error) {
 
 // parseTuple reads a tuple. answer says that an echo's identifier stands for the destination port.
 func parseTuple(raw []byte, answer bool) (proto uint8, t policy.Tuple, ok bool) {
-	a, err := attributes(raw)
+	a, err := ctAttributes(raw)
 	if err != nil {
 		return 0, t, false
 	}
-	ip, err1 := attributes(a[nl.CTA_TUPLE_IP])
-	l4, err2 := attributes(a[nl.CTA_TUPLE_PROTO])
+	ip, err1 := ctAttributes(a[nl.CTA_TUPLE_IP])
+	l4, err2 := ctAttributes(a[nl.CTA_TUPLE_PROTO])
 	if err1 != nil || err2 != nil || len(l4[nl.CTA_PROTO_NUM]) != 1 {
 		return 0, t, false
 	}

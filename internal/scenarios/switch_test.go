@@ -97,8 +97,8 @@ func isProbe(p gopacket.Packet) bool {
 	return false
 }
 
-// probe sends to an address by every protocol, some dozen packets a second, until the test ends.
-func probe(t *testing.T, w *site, from *lab.NS, to netip.Addr) {
+// knockAt sends to an address by every protocol, some dozen packets a second, until the test ends.
+func knockAt(t *testing.T, w *site, from *lab.NS, to netip.Addr) {
 	t.Helper()
 	target := at(to, probePort)
 	from.Start(t, w.Tool, "flood-connect", "--duration", "5m", "--timeout", "50ms", target)
@@ -123,7 +123,7 @@ func knock(t *testing.T, w *site) watched {
 		for _, f := range from[name] {
 			for _, to := range []netip.Addr{v4, v6} {
 				if to.IsValid() && (to.Is4() || network != "bridge") {
-					probe(t, w, f, to)
+					knockAt(t, w, f, to)
 				}
 			}
 		}
