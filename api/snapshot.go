@@ -33,6 +33,7 @@ type Snapshot struct {
 	Endpoints   []Endpoint   `json:"endpoints"`
 	Ports       []Port       `json:"ports"`
 	Allowed     []Pair       `json:"allowed"`
+	Problems    []Problem    `json:"problems,omitempty"` // of settings
 	Attachments []Attachment `json:"attachments"`
 	Sources     []Source     `json:"sources"`
 }
@@ -112,6 +113,14 @@ type Port struct {
 type Pair struct {
 	A string `json:"a"`
 	B string `json:"b"`
+}
+
+// Problem is a setting that cannot be served as it was asked for.
+type Problem struct {
+	Network string `json:"network"` // by its qualified name; empty: none of them alone
+	Setting string `json:"setting"`
+	Problem string `json:"problem"`
+	Instead string `json:"instead"` // what is done
 }
 
 // Attachment is one program on one device or cgroup.

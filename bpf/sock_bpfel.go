@@ -43,6 +43,8 @@ type SockConfig struct {
 		Icmp           uint32
 		Other          uint32
 	}
+	AcceptMark uint32
+	AcceptMask uint32
 }
 
 type SockCount struct {
@@ -182,11 +184,23 @@ type SockNetwork struct {
 	Ifindex  uint32
 	Mac      [6]uint8
 	Flags    uint8
-	Pad      uint8
+	Mode4    uint8
 	Mtu      uint16
-	Pad2     [2]uint8
+	Mode6    uint8
+	Pad      uint8
 	Gateway4 uint32
 	Gateway6 SockAddr
+	Source6  SockAddr
+	Source4  uint32
+}
+
+type SockOpenKey struct {
+	_     structs.HostLayout
+	Saddr SockAddr
+	Daddr SockAddr
+	Port  uint16
+	Proto uint8
+	Pad   uint8
 }
 
 type SockPair struct {
@@ -285,6 +299,12 @@ type SockSubnetKey struct {
 	Addr      SockAddr
 }
 
+type SockTrustedKey struct {
+	_       structs.HostLayout
+	Ifindex uint32
+	Net     uint32
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -304,6 +324,7 @@ const (
 	SockMapLinks             = "links"
 	SockMapMasqueradeAddrs   = "masquerade_addrs"
 	SockMapNetworkSlots      = "network_slots"
+	SockMapOpenPorts         = "open_ports"
 	SockMapPairs             = "pairs"
 	SockMapPortClass         = "port_class"
 	SockMapPortSlots         = "port_slots"
@@ -314,6 +335,7 @@ const (
 	SockMapSockMarks         = "sock_marks"
 	SockMapSockPeers         = "sock_peers"
 	SockMapSubnets           = "subnets"
+	SockMapTrusted           = "trusted"
 	SockProgSockConnect4     = "sock_connect4"
 	SockProgSockConnect6     = "sock_connect6"
 	SockProgSockGetpeername4 = "sock_getpeername4"
@@ -401,6 +423,7 @@ type SockMapSpecs struct {
 	Links           *ebpf.MapSpec `ebpf:"links"`
 	MasqueradeAddrs *ebpf.MapSpec `ebpf:"masquerade_addrs"`
 	NetworkSlots    *ebpf.MapSpec `ebpf:"network_slots"`
+	OpenPorts       *ebpf.MapSpec `ebpf:"open_ports"`
 	Pairs           *ebpf.MapSpec `ebpf:"pairs"`
 	PortClass       *ebpf.MapSpec `ebpf:"port_class"`
 	PortSlots       *ebpf.MapSpec `ebpf:"port_slots"`
@@ -411,6 +434,7 @@ type SockMapSpecs struct {
 	SockMarks       *ebpf.MapSpec `ebpf:"sock_marks"`
 	SockPeers       *ebpf.MapSpec `ebpf:"sock_peers"`
 	Subnets         *ebpf.MapSpec `ebpf:"subnets"`
+	Trusted         *ebpf.MapSpec `ebpf:"trusted"`
 }
 
 // SockVariableSpecs contains global variables before they are loaded into the kernel.
@@ -454,6 +478,7 @@ type SockMaps struct {
 	Links           *ebpf.Map `ebpf:"links"`
 	MasqueradeAddrs *ebpf.Map `ebpf:"masquerade_addrs"`
 	NetworkSlots    *ebpf.Map `ebpf:"network_slots"`
+	OpenPorts       *ebpf.Map `ebpf:"open_ports"`
 	Pairs           *ebpf.Map `ebpf:"pairs"`
 	PortClass       *ebpf.Map `ebpf:"port_class"`
 	PortSlots       *ebpf.Map `ebpf:"port_slots"`
@@ -464,6 +489,7 @@ type SockMaps struct {
 	SockMarks       *ebpf.Map `ebpf:"sock_marks"`
 	SockPeers       *ebpf.Map `ebpf:"sock_peers"`
 	Subnets         *ebpf.Map `ebpf:"subnets"`
+	Trusted         *ebpf.Map `ebpf:"trusted"`
 }
 
 func (m *SockMaps) Close() error {
@@ -483,6 +509,7 @@ func (m *SockMaps) Close() error {
 		m.Links,
 		m.MasqueradeAddrs,
 		m.NetworkSlots,
+		m.OpenPorts,
 		m.Pairs,
 		m.PortClass,
 		m.PortSlots,
@@ -493,6 +520,7 @@ func (m *SockMaps) Close() error {
 		m.SockMarks,
 		m.SockPeers,
 		m.Subnets,
+		m.Trusted,
 	)
 }
 

@@ -37,6 +37,15 @@ type Config struct {
 	// "bridge", whose own labels say nothing while iptables is off.
 	DefaultBridgeNoMasquerade bool
 	DefaultBridgeNoICC        bool
+	// DefaultBridgeIP is the host address of that network's ports that are published without one.
+	// Optional: any.
+	DefaultBridgeIP netip.Addr
+
+	// AllowDirectRouting has containers' published ports dialled by the containers' own addresses.
+	AllowDirectRouting bool
+	// AcceptMark lets packets with this mark, as far as AcceptMask goes, reach every port of every
+	// container. Optional: a mask of 0 accepts none.
+	AcceptMark, AcceptMask uint32
 
 	// DefaultSubnets are those of bpfnet's own default network, at most one a family; none: an IPv4
 	// one of the pools, and a generated IPv6 one.

@@ -85,6 +85,7 @@ type Daemon struct {
 	// What the engine's port hook announced, and what leads somewhere as of the last round.
 	announced map[string]announced
 	published map[policy.PortKey]policy.PortRow
+	closed    map[policy.PortKey]policy.PortRow // ports of routed networks, which the host does not have
 
 	round    sync.Mutex // of what follows: one round after another
 	slots    policy.Slots
@@ -92,7 +93,8 @@ type Daemon struct {
 	attached map[int]bool
 	seen     policy.Devices
 	changes  []netdev.Change
-	problem  string // of the last round, so that it is logged once
+	problem  string                  // of the last round, so that it is logged once
+	wrong    map[policy.Problem]bool // of settings, as of the last round
 	snapshot *api.Snapshot
 	stored   policy.State // Docker's, as the store has it
 	seats    map[seat]policy.MAC
@@ -132,6 +134,7 @@ func open(cfg Config) (_ *Daemon, err error) {
 			Host: cfg.Docker, Logger: d.log,
 			DefaultBridge: docker.DefaultBridgeSettings{
 				NoMasquerade: cfg.DefaultBridgeNoMasquerade, NoICC: cfg.DefaultBridgeNoICC,
+				HostBinding: cfg.DefaultBridgeIP,
 			},
 		})
 		if err != nil {
@@ -463,7 +466,7 @@ func (d *Daemon) reconcile() (err error) {
 	errs = append(errs, err)
 	pairs, err := d.store.Allowed()
 	errs = append(errs, err)
-	in := policy.Intents{State: state, Devices: devices, Attached: d.attached}
+	in := policy.Intents{State: state, Devices: devices, Attached: d.attached, DirectRouting: d.cfg.AllowDirectRouting}
 	for _, p := range pairs {
 		in.Allowed = append(in.Allowed, [2]string{p.A, p.B})
 	}
@@ -494,8 +497,21 @@ func (d *Daemon) reconcile() (err error) {
 		errs = append(errs, d.writer.Renew())
 	}
 	errs = append(errs, d.announceMoves(state, devices))
+	d.report()
 	errs = append(errs, d.writeSnapshot(state))
 	return errors.Join(errs...)
+}
+
+// report logs what is wrong with the settings, each once as long as it is.
+func (d *Daemon) report() {
+	now := make(map[policy.Problem]bool, len(d.tables.Problems))
+	for _, p := range d.tables.Problems {
+		now[p] = true
+		if !d.wrong[p] {
+			d.log.Warn("setting not served as asked for", "network", p.Network, "setting", p.Setting, "problem", p.Text, "instead", p.Instead)
+		}
+	}
+	d.wrong = now
 }
 
 // state is the engine's, and that with our own. The caller holds d.mu.
@@ -505,6 +521,8 @@ func (d *Daemon) state() (engine, all policy.State) {
 		Networks:  slices.Concat(a.Networks, b.Networks),
 		Endpoints: slices.Concat(a.Endpoints, b.Endpoints),
 		Ports:     slices.Concat(a.Ports, b.Ports),
+		Openings:  slices.Concat(a.Openings, b.Openings),
+		Problems:  slices.Concat(a.Problems, b.Problems),
 	}
 }
 
@@ -600,6 +618,7 @@ func (d *Daemon) settings(devices policy.Devices) (bpfmaps.Settings, error) {
 		NetnsCookie: d.cookie, HashSeed: d.seed,
 		ReservationWait: toTicks(reservationWait), Timeouts: tickTimeouts(d.timeouts),
 	}
+	s.DirectRouting, s.AcceptMark, s.AcceptMask = d.cfg.AllowDirectRouting, d.cfg.AcceptMark, d.cfg.AcceptMask
 	var names []string
 	for _, u := range devices.Uplinks {
 		names = append(names, u.Name)

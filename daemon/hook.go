@@ -45,7 +45,9 @@ func (d *Daemon) Announce(ctx context.Context, p api.PortBinding) error {
 		if e, ok := d.endpointWith(p.Container.Addr().Unmap()); ok {
 			port := policy.Port{Proto: proto, Host: key.Host, EndpointID: e.ID, Target: p.Container.Port()}
 			d.mu.Lock()
-			d.announced[port.ID()] = announced{port, time.Now().Add(hookLife)}
+			for _, port := range d.narrow(port) {
+				d.announced[port.ID()] = announced{port, time.Now().Add(hookLife)}
+			}
 			d.mu.Unlock()
 		}
 		// A round that failed elsewhere may have brought the port about all the same.
@@ -56,14 +58,31 @@ func (d *Daemon) Announce(ctx context.Context, p api.PortBinding) error {
 		}
 		d.mu.Lock()
 		_, done := d.published[key]
+		_, closed := d.closed[key]
 		d.mu.Unlock()
-		if done {
+		if done || closed {
 			return nil
 		}
 		if d.docker != nil {
 			d.docker.Refresh(d.bridgeFor(p.Container.Addr()))
 		}
 	}
+}
+
+// narrow gives a port of the engine's default network the default host address of our own. The hook does
+// not tell whether all addresses were asked for; the engine's own state does, a moment later. The caller
+// holds d.mu.
+func (d *Daemon) narrow(p policy.Port) []policy.Port {
+	if d.cfg.DefaultBridgeIP.IsValid() {
+		for _, e := range d.engine.Endpoints {
+			for _, n := range d.engine.Networks {
+				if e.ID == p.EndpointID && n.ID == e.NetworkID && n.Name == "bridge" {
+					return p.Narrow(d.cfg.DefaultBridgeIP)
+				}
+			}
+		}
+	}
+	return []policy.Port{p}
 }
 
 func (d *Daemon) endpointWith(a netip.Addr) (policy.Endpoint, bool) {

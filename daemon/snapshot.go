@@ -94,6 +94,9 @@ func (d *Daemon) writeSnapshot(state policy.State) error {
 	for _, p := range pairs {
 		s.Allowed = append(s.Allowed, api.Pair{A: shortName(p.A, state.Networks), B: shortName(p.B, state.Networks)})
 	}
+	for _, p := range d.tables.Problems {
+		s.Problems = append(s.Problems, api.Problem{Network: p.Network, Setting: p.Setting, Problem: p.Text, Instead: p.Instead})
+	}
 	s.Attachments = d.attachments()
 	if d.docker != nil {
 		st := d.docker.Status()
@@ -112,7 +115,7 @@ func (d *Daemon) writeSnapshot(state policy.State) error {
 		return err
 	}
 	d.mu.Lock()
-	d.snapshot, d.published = s, d.tables.Ports
+	d.snapshot, d.published, d.closed = s, d.tables.Ports, d.tables.Closed
 	d.mu.Unlock()
 	return nil
 }

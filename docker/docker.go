@@ -18,6 +18,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -46,6 +47,8 @@ type Options struct {
 type DefaultBridgeSettings struct {
 	NoMasquerade bool
 	NoICC        bool
+	// HostBinding is the host address of ports that are published without one. Optional: any.
+	HostBinding netip.Addr
 }
 
 // Status is the state of the connection.

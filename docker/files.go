@@ -21,12 +21,15 @@ type hostConfig struct {
 		HostIP   string `json:"HostIp"`
 		HostPort string
 	}
+	Links []string // "container:alias"
 }
 
 // containerConfig is what is read of containers/ID/config.v2.json.
 type containerConfig struct {
+	Name   string // with a slash before it
 	Config struct {
-		Labels map[string]string
+		Labels       map[string]string
+		ExposedPorts map[string]struct{}
 	}
 }
 
@@ -41,12 +44,18 @@ func readWish(root, id string) (wish, error) {
 	if err := readJSON(filepath.Join(dir, "hostconfig.json"), &hc); err != nil {
 		return wish{}, err
 	}
-	w := wish{fixed: fixedBindings(hc)}
+	w := wish{fixed: fixedBindings(hc), anywhere: anywhereBindings(hc), links: linkedNames(hc.Links)}
 	var cc containerConfig
 	if err := readJSON(filepath.Join(dir, "config.v2.json"), &cc); err != nil {
 		return w, err
 	}
+	w.name = strings.TrimPrefix(cc.Name, "/")
 	w.allowed = parseAllowed(cc.Config.Labels[labelAllowed])
+	for key := range cc.Config.ExposedPorts {
+		if proto, port, ok := parsePort(key); ok {
+			w.exposed = append(w.exposed, exposed{proto, port})
+		}
+	}
 	return w, nil
 }
 
@@ -61,18 +70,57 @@ func readJSON(path string, v any) error {
 	return nil
 }
 
+// parsePort reads a container's port: "80/tcp".
+func parsePort(s string) (policy.Proto, uint16, bool) {
+	num, name, _ := strings.Cut(s, "/")
+	port, err := strconv.ParseUint(num, 10, 16)
+	if err != nil || port == 0 {
+		return 0, 0, false
+	}
+	proto, err := policy.ParseProto(strings.ToLower(name))
+	return proto, uint16(port), err == nil
+}
+
+// anywhereBindings returns the bindings that name 0.0.0.0 or [::] themselves, with the host's port where
+// there is exactly one.
+func anywhereBindings(hc hostConfig) map[binding]bool {
+	out := make(map[binding]bool)
+	for key, list := range hc.PortBindings {
+		proto, target, ok := parsePort(key)
+		for _, pb := range list {
+			a, err := netip.ParseAddr(pb.HostIP)
+			if !ok || err != nil || !a.IsUnspecified() {
+				continue
+			}
+			hp, err := strconv.ParseUint(pb.HostPort, 10, 16)
+			if err != nil {
+				hp = 0
+			}
+			out[binding{proto: proto, target: target, hostIP: a, hostPort: uint16(hp)}] = true
+		}
+	}
+	return out
+}
+
+// linkedNames are the containers of links, which read "name:alias", or "/name:/own-name/alias".
+func linkedNames(links []string) []string {
+	var out []string
+	for _, l := range links {
+		name, _, _ := strings.Cut(l, ":")
+		if name = strings.TrimPrefix(name, "/"); name != "" {
+			out = append(out, name)
+		}
+	}
+	return out
+}
+
 // fixedBindings returns the bindings with exactly one host port. Ephemeral ones and ranges are
 // known when the Engine has chosen.
 func fixedBindings(hc hostConfig) []binding {
 	var out []binding
 	for key, list := range hc.PortBindings {
-		num, name, _ := strings.Cut(key, "/")
-		target, err := strconv.ParseUint(num, 10, 16)
-		if err != nil || target == 0 {
-			continue
-		}
-		proto, err := policy.ParseProto(strings.ToLower(name))
-		if err != nil {
+		proto, target, ok := parsePort(key)
+		if !ok {
 			continue
 		}
 		for _, pb := range list {
@@ -84,7 +132,7 @@ func fixedBindings(hc hostConfig) []binding {
 			if err != nil || hp == 0 {
 				continue
 			}
-			b := binding{proto: proto, target: uint16(target), hostPort: uint16(hp)}
+			b := binding{proto: proto, target: target, hostPort: uint16(hp)}
 			if pb.HostIP != "" {
 				if b.hostIP, err = netip.ParseAddr(pb.HostIP); err != nil {
 					continue

@@ -16,14 +16,9 @@ import (
 	"github.com/bpfnet/bpfnet/policy"
 )
 
-// Options of bridge networks, as `docker network create -o` takes them.
+// Options of networks beside those of policy.ParseOptions.
 const (
-	optBridge        = "com.docker.network.bridge.name"
 	optDefaultBridge = "com.docker.network.bridge.default_bridge"
-	optICC           = "com.docker.network.bridge.enable_icc"
-	optMasquerade    = "com.docker.network.bridge.enable_ip_masquerade"
-	optHostBinding   = "com.docker.network.bridge.host_binding_ipv4"
-	optMTU           = "com.docker.network.driver.mtu"
 	optIPvlanMode    = "ipvlan_mode"
 )
 
@@ -47,40 +42,51 @@ type run struct {
 	endpoints map[string]int
 }
 
-// wish is what a container asked for when it was made.
-type wish struct {
-	fixed   []binding // those of its bindings that leave no choice
-	allowed []netip.Prefix
+// exposed is a port that a container says it listens on.
+type exposed struct {
+	proto policy.Proto
+	port  uint16
 }
 
-// translateNetwork returns a bridge network with its endpoints, and false for a network of any
-// other driver, or one of which no subnet is known.
+// wish is what a container asked for when it was made.
+type wish struct {
+	name  string
+	fixed []binding // those of its bindings that leave no choice
+	// anywhere are those that were asked for on all of the host's addresses, host port 0 where it was
+	// left open.
+	anywhere map[binding]bool
+	allowed  []netip.Prefix
+	links    []string // names or IDs of containers that it is linked to
+	exposed  []exposed
+}
+
+// translateNetwork returns a bridge network with its endpoints and what is wrong with its options, and
+// false for a network of any other driver, or one of which no subnet is known.
 //
 // An endpoint's SandboxID is the Engine's key: the container's ID, the builder's name for an
 // image build, and "ep-" with the endpoint's ID as long as it has not joined a namespace, which
 // is seen for some milliseconds when a network is read that early.
-func translateNetwork(n network.Inspect, def DefaultBridgeSettings) (policy.Network, []policy.Endpoint, bool) {
+func translateNetwork(n network.Inspect, def DefaultBridgeSettings) (policy.Network, []policy.Endpoint, []policy.Problem, bool) {
 	if n.Driver != "bridge" || n.ConfigOnly {
-		return policy.Network{}, nil, false
+		return policy.Network{}, nil, nil, false
 	}
-	net := policy.Network{
-		ID:           n.ID,
-		Name:         n.Name,
-		Source:       policy.SourceDocker,
-		Bridge:       bridgeName(n),
-		NoICC:        isFalse(n.Options[optICC]),
-		NoMasquerade: isFalse(n.Options[optMasquerade]),
-		Internal:     n.Internal,
+	net := policy.Network{ID: n.ID, Name: n.Name, Source: policy.SourceDocker, Bridge: bridgeName(n), Internal: n.Internal}
+	labels := n.Options
+	isDefault := labels[optDefaultBridge] == "true"
+	if isDefault { // what the Engine says of masquerading there is not what was asked for
+		labels = maps.Clone(labels)
+		labels[policy.OptMasquerade] = strconv.FormatBool(!def.NoMasquerade)
 	}
-	if n.Options[optDefaultBridge] == "true" {
-		net.NoICC = net.NoICC || def.NoICC
-		net.NoMasquerade = def.NoMasquerade
+	options, problems := policy.ParseOptions(labels, n.Internal)
+	if isDefault {
+		options.NoICC = options.NoICC || def.NoICC
+		if def.HostBinding.IsValid() {
+			options.HostBinding = def.HostBinding
+		}
 	}
-	if a, err := netip.ParseAddr(n.Options[optHostBinding]); err == nil && a.Unmap() != netip.IPv4Unspecified() {
-		net.HostBinding = a.Unmap()
-	}
-	if mtu, err := strconv.Atoi(n.Options[optMTU]); err == nil && mtu > 0 {
-		net.MTU = mtu
+	net.SetOptions(options)
+	for i := range problems {
+		problems[i].Network = net.QualifiedName()
 	}
 
 	var has4, has6 bool
@@ -110,7 +116,7 @@ func translateNetwork(n network.Inspect, def DefaultBridgeSettings) (policy.Netw
 		net.Gateways = append(net.Gateways, gw)
 	}
 	if len(net.Subnets) == 0 {
-		return policy.Network{}, nil, false
+		return policy.Network{}, nil, nil, false
 	}
 
 	eps := make([]policy.Endpoint, 0, len(n.Containers))
@@ -133,20 +139,14 @@ func translateNetwork(n network.Inspect, def DefaultBridgeSettings) (policy.Netw
 		}
 		eps = append(eps, ep)
 	}
-	return net, eps, true
+	return net, eps, problems, true
 }
 
 func bridgeName(n network.Inspect) string {
-	if name := n.Options[optBridge]; name != "" {
+	if name := n.Options[policy.OptBridge]; name != "" {
 		return name
 	}
 	return "br-" + n.ID[:min(12, len(n.ID))]
-}
-
-// isFalse follows the Engine, which parses labels with strconv; a missing one means true.
-func isFalse(label string) bool {
-	b, err := strconv.ParseBool(label)
-	return err == nil && !b
 }
 
 // actualBindings reads the ports of a container inspect.
@@ -212,10 +212,18 @@ func buildState(networks []network.Inspect, wishes map[string]wish, runs map[str
 	var st policy.State
 	binding4 := make(map[string]netip.Addr)         // endpoint → default host address of its network
 	gateways := make(map[string][]policy.Candidate) // sandbox →
+	narrowed := make(map[string]bool)               // endpoints of the default network, if it has an address of ours
 	for _, n := range networks {
-		net, eps, ok := translateNetwork(n, def)
+		net, eps, problems, ok := translateNetwork(n, def)
 		if ok {
 			st.Networks = append(st.Networks, net)
+			st.Problems = append(st.Problems, problems...)
+			if n.Options[optDefaultBridge] == "true" {
+				st.Openings = openings(eps, wishes)
+				for _, e := range eps {
+					narrowed[e.ID] = def.HostBinding.IsValid()
+				}
+			}
 			for i := range eps {
 				eps[i].Allowed = wishes[eps[i].SandboxID].allowed
 				binding4[eps[i].ID] = net.HostBinding
@@ -254,7 +262,16 @@ func buildState(networks []network.Inspect, wishes map[string]wish, runs map[str
 			if !host.IsValid() {
 				host = netip.IPv4Unspecified()
 			}
-			st.Ports = appendPort(st.Ports, b, netip.AddrPortFrom(host, b.hostPort), v4, v6)
+			ports := appendPort(nil, b, netip.AddrPortFrom(host, b.hostPort), v4, v6)
+			for _, p := range ports {
+				asked := binding{proto: b.proto, target: b.target, hostIP: host, hostPort: b.hostPort}
+				open := asked
+				open.hostPort = 0
+				if narrowed[p.EndpointID] && !wishes[id].anywhere[asked] && !wishes[id].anywhere[open] {
+					ports = p.Narrow(def.HostBinding)
+				}
+			}
+			st.Ports = append(st.Ports, ports...)
 		}
 	}
 	for _, id := range wanted {
@@ -281,7 +298,31 @@ func buildState(networks []network.Inspect, wishes map[string]wish, runs map[str
 		)
 	})
 	st.Ports = slices.Compact(st.Ports)
+	slices.SortFunc(st.Problems, policy.CompareProblems)
 	return st
+}
+
+// openings are those of the links between containers of the default network: the ports that the linked
+// one exposes. Other networks have no links of that kind.
+func openings(eps []policy.Endpoint, wishes map[string]wish) []policy.Opening {
+	var out []policy.Opening
+	for _, from := range eps {
+		for _, name := range wishes[from.SandboxID].links {
+			for _, to := range eps {
+				w := wishes[to.SandboxID]
+				if from.ID == to.ID || !(w.name == name || to.Name == name || strings.HasPrefix(to.SandboxID, name)) {
+					continue
+				}
+				for _, e := range w.exposed {
+					out = append(out, policy.Opening{From: from.ID, To: to.ID, Proto: e.proto, Port: e.port})
+				}
+			}
+		}
+	}
+	slices.SortFunc(out, func(a, b policy.Opening) int {
+		return cmp.Or(cmp.Compare(a.From, b.From), cmp.Compare(a.To, b.To), cmp.Compare(a.Proto, b.Proto), cmp.Compare(a.Port, b.Port))
+	})
+	return slices.Compact(out)
 }
 
 // givesGateway reports whether endpoints of the network get a default route from it.

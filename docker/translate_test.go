@@ -113,11 +113,12 @@ func mustNet(t *testing.T, text string) network.Inspect {
 func TestTranslateNetwork(t *testing.T) {
 	p, a := netip.MustParsePrefix, netip.MustParseAddr
 	for _, c := range []struct {
-		name string
-		json string
-		def  DefaultBridgeSettings
-		want policy.Network // ID, Source filled in
-		no   bool
+		name  string
+		json  string
+		def   DefaultBridgeSettings
+		want  policy.Network // ID, Source filled in
+		wrong []string       // settings that are reported
+		no    bool
 	}{
 		{name: "plain", json: `{"Name":"n","Id":"0123456789abcdef","Driver":"bridge","IPAM":{"Config":[{"Subnet":"172.18.0.0/16","Gateway":"172.18.0.1"}]}}`,
 			want: policy.Network{Name: "n", Bridge: "br-0123456789ab", Subnets: []netip.Prefix{p("172.18.0.0/16")}, Gateways: []netip.Addr{a("172.18.0.1")}}},
@@ -134,34 +135,50 @@ func TestTranslateNetwork(t *testing.T) {
 				Subnets: []netip.Prefix{p("10.0.0.0/24"), p("fd00::/64")}, Gateways: []netip.Addr{a("10.0.0.254"), a("fd00::9")}}},
 		{name: "nonsense in options", json: `{"Name":"n","Id":"01","Driver":"bridge","IPAM":{"Config":[{"Subnet":"10.0.0.0/24"}]},
 			"Options":{"com.docker.network.bridge.enable_icc":"maybe","com.docker.network.bridge.host_binding_ipv4":"here","com.docker.network.driver.mtu":"-1"}}`,
-			want: policy.Network{Name: "n", Bridge: "br-01", Subnets: []netip.Prefix{p("10.0.0.0/24")}, Gateways: []netip.Addr{a("10.0.0.1")}}},
+			want:  policy.Network{Name: "n", Bridge: "br-01", NoICC: true, HostBinding: a("127.0.0.1"), Subnets: []netip.Prefix{p("10.0.0.0/24")}, Gateways: []netip.Addr{a("10.0.0.1")}},
+			wrong: []string{policy.OptICC, policy.OptHostBinding, policy.OptMTU}},
+		{name: "options of Engine 29", json: `{"Name":"n","Id":"01","Driver":"bridge","IPAM":{"Config":[{"Subnet":"10.0.0.0/24"}]},
+			"Options":{"com.docker.network.bridge.gateway_mode_ipv4":"routed","com.docker.network.bridge.gateway_mode_ipv6":"nat-unprotected",
+			"com.docker.network.bridge.trusted_host_interfaces":"eth0:eth1","com.docker.network.host_ipv6":"2001:db8::9"}}`,
+			want: policy.Network{Name: "n", Bridge: "br-01", Mode4: policy.ModeRouted, Mode6: policy.ModeNATUnprotected, Trusted: []string{"eth0", "eth1"},
+				Source6: a("2001:db8::9"), Subnets: []netip.Prefix{p("10.0.0.0/24")}, Gateways: []netip.Addr{a("10.0.0.1")}}},
+		{name: "isolated, and not internal", json: `{"Name":"n","Id":"01","Driver":"bridge","IPAM":{"Config":[{"Subnet":"10.0.0.0/24"}]},
+			"Options":{"com.docker.network.bridge.gateway_mode_ipv4":"isolated"}}`,
+			want:  policy.Network{Name: "n", Bridge: "br-01", Mode4: policy.ModeIsolated, Internal: true, Subnets: []netip.Prefix{p("10.0.0.0/24")}, Gateways: []netip.Addr{a("10.0.0.1")}},
+			wrong: []string{policy.OptMode4}},
 		{name: "default bridge: its masquerade label lies", json: `{"Name":"bridge","Id":"01","Driver":"bridge","IPAM":{"Config":[{"Subnet":"172.17.0.0/16"}]},
 			"Options":{"com.docker.network.bridge.default_bridge":"true","com.docker.network.bridge.name":"docker0","com.docker.network.bridge.enable_ip_masquerade":"false",
 			"com.docker.network.bridge.host_binding_ipv4":"0.0.0.0"}}`,
 			want: policy.Network{Name: "bridge", Bridge: "docker0", Subnets: []netip.Prefix{p("172.17.0.0/16")}, Gateways: []netip.Addr{a("172.17.0.1")}}},
 		{name: "default bridge: our settings", json: `{"Name":"bridge","Id":"01","Driver":"bridge","IPAM":{"Config":[{"Subnet":"172.17.0.0/16"}]},
 			"Options":{"com.docker.network.bridge.default_bridge":"true","com.docker.network.bridge.name":"docker0"}}`,
-			def:  DefaultBridgeSettings{NoMasquerade: true, NoICC: true},
-			want: policy.Network{Name: "bridge", Bridge: "docker0", NoICC: true, NoMasquerade: true, Subnets: []netip.Prefix{p("172.17.0.0/16")}, Gateways: []netip.Addr{a("172.17.0.1")}}},
+			def:  DefaultBridgeSettings{NoMasquerade: true, NoICC: true, HostBinding: a("192.0.2.1")},
+			want: policy.Network{Name: "bridge", Bridge: "docker0", NoICC: true, NoMasquerade: true, HostBinding: a("192.0.2.1"), Subnets: []netip.Prefix{p("172.17.0.0/16")}, Gateways: []netip.Addr{a("172.17.0.1")}}},
 		{name: "another driver", json: `{"Name":"n","Id":"01","Driver":"macvlan","IPAM":{"Config":[{"Subnet":"10.0.0.0/24"}]}}`, no: true},
 		{name: "a template for networks", json: `{"Name":"n","Id":"01","Driver":"bridge","ConfigOnly":true,"IPAM":{"Config":[{"Subnet":"10.0.0.0/24"}]}}`, no: true},
 		{name: "no subnet", json: `{"Name":"n","Id":"01","Driver":"bridge","IPAM":{"Config":[]}}`, no: true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			in := mustNet(t, c.json)
-			got, eps, ok := translateNetwork(in, c.def)
+			got, eps, problems, ok := translateNetwork(in, c.def)
 			require.Equal(t, !c.no, ok)
 			require.Empty(t, eps)
 			if ok {
 				c.want.ID, c.want.Source = in.ID, policy.SourceDocker
 				require.Equal(t, c.want, got)
+				var settings []string
+				for _, p := range problems {
+					require.Equal(t, "docker/n", p.Network)
+					settings = append(settings, p.Setting)
+				}
+				require.Equal(t, c.wrong, settings)
 			}
 		})
 	}
 }
 
 func TestTranslateEndpoints(t *testing.T) {
-	_, eps, ok := translateNetwork(mustNet(t, `{"Name":"n","Id":"01","Driver":"bridge","IPAM":{"Config":[{"Subnet":"172.18.0.0/16"}]},"Containers":{
+	_, eps, _, ok := translateNetwork(mustNet(t, `{"Name":"n","Id":"01","Driver":"bridge","IPAM":{"Config":[{"Subnet":"172.18.0.0/16"}]},"Containers":{
 		"c2":{"Name":"web","EndpointID":"e2","MacAddress":"02:42:ac:12:00:02","IPv4Address":"172.18.0.2/16","IPv6Address":"fd00::2/64"},
 		"ep-e1":{"Name":"build","EndpointID":"e1","MacAddress":"","IPv4Address":"172.18.0.3/16","IPv6Address":""}}}`), DefaultBridgeSettings{})
 	require.True(t, ok)

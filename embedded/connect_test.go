@@ -44,7 +44,7 @@ func hosts(t *testing.T, r *running) string {
 func TestConnect(t *testing.T) {
 	w := newWorld(t)
 	w.network(api.NetworkSpec{Name: "mid", Subnets: []netip.Prefix{prefix("10.2.0.0/24")}})
-	w.network(api.NetworkSpec{Name: "first", Subnets: []netip.Prefix{prefix("10.1.0.0/24")}, Options: map[string]string{optHostBinding: "127.0.0.1"}})
+	w.network(api.NetworkSpec{Name: "first", Subnets: []netip.Prefix{prefix("10.1.0.0/24")}, Options: map[string]string{policy.OptHostBinding: "127.0.0.1"}})
 	w.network(api.NetworkSpec{Name: "dual", Subnets: []netip.Prefix{prefix("10.3.0.0/24"), prefix("fd00:3::/64")}})
 	w.network(api.NetworkSpec{Name: "closed", Subnets: []netip.Prefix{prefix("10.0.0.0/24")}, Internal: true})
 	spec := w.spec("web")

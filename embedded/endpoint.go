@@ -258,7 +258,7 @@ func macFor(e *endpoint) policy.MAC {
 }
 
 func (e *endpoint) veth() netdev.VethSpec {
-	v := netdev.VethSpec{Host: e.Link, Name: e.Name, MAC: e.MAC, MTU: e.net.mtu}
+	v := netdev.VethSpec{Host: e.Link, Name: e.Name, MAC: e.MAC, MTU: e.net.options.MTU}
 	for _, a := range e.Addrs {
 		for _, s := range e.net.Subnets {
 			if s.Prefix.Contains(a) {

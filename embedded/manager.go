@@ -104,7 +104,7 @@ type Manager struct {
 // network is one of the model. Its record does not change.
 type network struct {
 	store.Network
-	options
+	options   policy.Options
 	leases    []*ipam.Leases // one a subnet
 	resting   map[netip.Addr]time.Time
 	endpoints map[string]*endpoint // by ID, also those that are being made

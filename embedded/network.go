@@ -69,7 +69,7 @@ func (m *Manager) defaultNetwork(ctx context.Context) (n *network, made bool, er
 		}
 		n, err = m.makeNetwork(ctx, api.NetworkSpec{
 			Name: DefaultNetwork, Subnets: m.o.DefaultSubnets, IPv6: len(m.o.DefaultSubnets) == 0 && hasIPv6(),
-			Options: map[string]string{optBridge: defaultBridge},
+			Options: map[string]string{policy.OptBridge: defaultBridge},
 		})
 		var taken *nameTakenError
 		if errors.As(err, &taken) && taken.by == policy.SourceStore && m.isThere(DefaultNetwork) {
@@ -143,7 +143,7 @@ func (m *Manager) addNetwork(s api.NetworkSpec) (*network, error) {
 		ID: newID(), Name: s.Name, Created: time.Now(), Internal: s.Internal, Options: s.Options, Labels: s.Labels,
 	}
 	rec.Bridge = bridgePrefix + rec.ID[:idInName]
-	if name := s.Options[optBridge]; name != "" {
+	if name := s.Options[policy.OptBridge]; name != "" {
 		rec.Bridge = name
 	}
 	if have := len(own) + len(foreign.Networks); have >= policy.MaxNetworks-1 {
@@ -180,7 +180,7 @@ func (m *Manager) addNetwork(s api.NetworkSpec) (*network, error) {
 
 // newNetwork makes a network of a record, with all its addresses free.
 func newNetwork(r store.Network) (*network, error) {
-	o, err := parseOptions(r.Options)
+	o, err := parseOptions(r.Options, r.Internal)
 	if err != nil {
 		return nil, err
 	}
@@ -192,7 +192,7 @@ func newNetwork(r store.Network) (*network, error) {
 }
 
 func (n *network) bridge() netdev.BridgeSpec {
-	b := netdev.BridgeSpec{Name: n.Bridge, MTU: n.mtu}
+	b := netdev.BridgeSpec{Name: n.Bridge, MTU: n.options.MTU}
 	for _, s := range n.Subnets {
 		b.Addrs = append(b.Addrs, netip.PrefixFrom(s.Gateway, s.Prefix.Bits()))
 	}

@@ -39,7 +39,7 @@ func TestCreateNetwork(t *testing.T) {
 		Name: "n1", Driver: "bridge", Subnets: []netip.Prefix{prefix("172.19.0.0/16"), prefix("fd00:19::/64")},
 		Gateways: []netip.Addr{addr("172.19.0.254")}, Ranges: []netip.Prefix{prefix("172.19.4.0/24")}, Internal: true,
 		Options: map[string]string{
-			optBridge: "br-mine", optICC: "false", optMasquerade: "false", optHostBinding: "127.0.0.1", optMTU: "1400",
+			policy.OptBridge: "br-mine", policy.OptICC: "false", policy.OptMasquerade: "false", policy.OptHostBinding: "127.0.0.1", policy.OptMTU: "1400",
 		},
 		Labels: map[string]string{"a": "b"},
 	})
@@ -109,7 +109,7 @@ func TestCreateNetworkRefused(t *testing.T) {
 	w := newWorld(t)
 	w.foreign.Networks = []policy.Network{{ID: "d1", Name: "bridge", Subnets: []netip.Prefix{prefix("172.17.0.0/16")}}}
 	addRoute(t, "10.9.0.0/16")
-	w.network(api.NetworkSpec{Name: "n1", Subnets: []netip.Prefix{prefix("172.19.0.0/16")}, Options: map[string]string{optBridge: "br-n1"}})
+	w.network(api.NetworkSpec{Name: "n1", Subnets: []netip.Prefix{prefix("172.19.0.0/16")}, Options: map[string]string{policy.OptBridge: "br-n1"}})
 	for _, c := range []struct {
 		spec api.NetworkSpec
 		text string
@@ -140,16 +140,20 @@ func TestCreateNetworkRefused(t *testing.T) {
 		{api.NetworkSpec{Name: "n2", Subnets: []netip.Prefix{prefix("10.1.0.0/16")}, Ranges: []netip.Prefix{prefix("10.2.0.0/24")}},
 			`network "n2": ip-range 10.2.0.0/24: outside of subnet 10.1.0.0/16; choose a part of it`},
 		{api.NetworkSpec{Name: "n2", Options: map[string]string{"mtu": "1400"}},
-			`network "n2": option "mtu": not known; there are com.docker.network.bridge.name, com.docker.network.bridge.enable_icc, com.docker.network.bridge.enable_ip_masquerade, com.docker.network.bridge.host_binding_ipv4, com.docker.network.driver.mtu`},
-		{api.NetworkSpec{Name: "n2", Options: map[string]string{optICC: "maybe"}},
+			`network "n2": option "mtu": not known; there are com.docker.network.bridge.name, com.docker.network.bridge.enable_icc, com.docker.network.bridge.enable_ip_masquerade, com.docker.network.bridge.host_binding_ipv4, com.docker.network.bridge.gateway_mode_ipv4, com.docker.network.bridge.gateway_mode_ipv6, com.docker.network.bridge.trusted_host_interfaces, com.docker.network.host_ipv4, com.docker.network.host_ipv6, com.docker.network.driver.mtu`},
+		{api.NetworkSpec{Name: "n2", Options: map[string]string{policy.OptICC: "maybe"}},
 			`network "n2": option com.docker.network.bridge.enable_icc: "maybe" is neither true nor false`},
-		{api.NetworkSpec{Name: "n2", Options: map[string]string{optMTU: "9"}},
+		{api.NetworkSpec{Name: "n2", Options: map[string]string{policy.OptMTU: "9"}},
 			`network "n2": option com.docker.network.driver.mtu: "9" is no MTU; use a number from 68 to 65535`},
-		{api.NetworkSpec{Name: "n2", Options: map[string]string{optHostBinding: "::1"}},
-			`network "n2": option com.docker.network.bridge.host_binding_ipv4: "::1" is no IPv4 address`},
-		{api.NetworkSpec{Name: "n2", Options: map[string]string{optBridge: "br-n1"}},
+		{api.NetworkSpec{Name: "n2", Options: map[string]string{policy.OptHostBinding: "nonsense"}},
+			`network "n2": option com.docker.network.bridge.host_binding_ipv4: "nonsense" is no address`},
+		{api.NetworkSpec{Name: "n2", Options: map[string]string{policy.OptMode4: "rooted"}},
+			`network "n2": option com.docker.network.bridge.gateway_mode_ipv4: "rooted" is no gateway mode; use one of nat, nat-unprotected, routed, isolated`},
+		{api.NetworkSpec{Name: "n2", Options: map[string]string{policy.OptMode6: "isolated"}},
+			`network "n2": option com.docker.network.bridge.gateway_mode_ipv6: isolated is for networks made with --internal`},
+		{api.NetworkSpec{Name: "n2", Options: map[string]string{policy.OptBridge: "br-n1"}},
 			`bridge br-n1: is that of network "n1"; choose another name`},
-		{api.NetworkSpec{Name: "n2", Options: map[string]string{optBridge: "up0"}},
+		{api.NetworkSpec{Name: "n2", Options: map[string]string{policy.OptBridge: "up0"}},
 			`network "n2": bridge up0: a device of that name exists and is no bridge but a veth; choose another name`},
 	} {
 		w.refuses(c.text, func() error {

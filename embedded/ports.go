@@ -126,7 +126,7 @@ func (m *Manager) choosePorts(b *box, want []store.PortWish, networks []*network
 	}
 	var binding netip.Addr
 	if n := cmp.Or(v4, v6); n != nil {
-		binding = n.hostBinding
+		binding = n.options.HostBinding
 	}
 	foreign := m.o.Foreign()
 	m.porting.Lock()

@@ -261,7 +261,7 @@ func TestDiskFull(t *testing.T) {
 func TestStoreFails(t *testing.T) {
 	w := newWorld(t)
 	w.network(api.NetworkSpec{Name: "n1", Subnets: []netip.Prefix{prefix("172.19.0.0/24")}})
-	w.network(api.NetworkSpec{Name: "n2", Options: map[string]string{optHostBinding: "127.0.0.1"}})
+	w.network(api.NetworkSpec{Name: "n2", Options: map[string]string{policy.OptHostBinding: "127.0.0.1"}})
 	spec := w.spec("web")
 	spec.Networks = []api.Attach{{Network: "n1"}}
 	spec.Publish = []api.PortSpec{publish(t, "8080:80")}

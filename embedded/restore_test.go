@@ -21,6 +21,7 @@ import (
 
 	"github.com/bpfnet/bpfnet/api"
 	"github.com/bpfnet/bpfnet/netdev"
+	"github.com/bpfnet/bpfnet/policy"
 	"github.com/bpfnet/bpfnet/sandbox"
 	"github.com/bpfnet/bpfnet/store"
 )
@@ -191,7 +192,7 @@ func TestReboot(t *testing.T) {
 	for _, how := range []string{"another boot", "all bridges gone"} {
 		t.Run(how, func(t *testing.T) {
 			w := newWorld(t)
-			w.network(api.NetworkSpec{Name: "n1", Subnets: []netip.Prefix{prefix("172.19.0.0/24"), prefix("fd00:19::/64")}, Internal: true, Options: map[string]string{optMTU: "1400", optBridge: "bpn-mine"}})
+			w.network(api.NetworkSpec{Name: "n1", Subnets: []netip.Prefix{prefix("172.19.0.0/24"), prefix("fd00:19::/64")}, Internal: true, Options: map[string]string{policy.OptMTU: "1400", policy.OptBridge: "bpn-mine"}})
 			for _, name := range []string{"web", "rm"} {
 				spec := w.spec(name)
 				spec.Networks = []api.Attach{{Network: DefaultNetwork}, {Network: "n1", IP4: addr("172.19.0.7")}}
@@ -339,8 +340,8 @@ func TestCrash(t *testing.T) {
 // Needs root: a network whose bridge cannot be made stops nobody else.
 func TestRestoreForeignBridge(t *testing.T) {
 	w := newWorld(t)
-	w.network(api.NetworkSpec{Name: "n1", Options: map[string]string{optBridge: "br-one"}})
-	w.network(api.NetworkSpec{Name: "n2", Options: map[string]string{optBridge: "br-two"}})
+	w.network(api.NetworkSpec{Name: "n1", Options: map[string]string{policy.OptBridge: "br-one"}})
+	w.network(api.NetworkSpec{Name: "n2", Options: map[string]string{policy.OptBridge: "br-two"}})
 	w.end()
 	deleteLink(t, "br-one")
 	attrs := netlink.NewLinkAttrs()

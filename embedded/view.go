@@ -34,8 +34,8 @@ func (m *Manager) makeState() policy.State {
 		}
 		p := policy.Network{
 			ID: n.ID, Name: n.Name, Source: policy.SourceStore, Bridge: n.Bridge, Internal: n.Internal,
-			NoICC: n.noICC, NoMasquerade: n.noMasquerade, HostBinding: n.hostBinding, MTU: n.mtu,
 		}
+		p.SetOptions(n.options)
 		for _, sub := range n.Subnets {
 			p.Subnets = append(p.Subnets, sub.Prefix)
 			p.Gateways = append(p.Gateways, sub.Gateway)

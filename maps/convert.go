@@ -72,6 +72,8 @@ func networkValue(r policy.NetworkRow) bpf.DatapathNetwork {
 	v := bpf.DatapathNetwork{
 		Ifindex: uint32(r.Ifindex), Mac: r.MAC, Mtu: uint16(min(r.MTU, 65535)),
 		Gateway4: addr4(r.Gateway4), Gateway6: addr6(r.Gateway6),
+		Mode4: bpf.DatapathGatewayMode(r.Mode4), Mode6: bpf.DatapathGatewayMode(r.Mode6),
+		Source4: addr4(r.Source4), Source6: addr6(r.Source6),
 	}
 	if r.NoICC {
 		v.Flags |= bpf.DatapathNetworkFlagsNETWORK_NO_ICC
@@ -100,6 +102,12 @@ func portKey(k policy.PortKey) bpf.DatapathPortKey {
 func portValue(r policy.PortRow) bpf.DatapathPort {
 	return bpf.DatapathPort{
 		Addr: addr(r.Target.Addr()), Port: port16(r.Target.Port()), Endpoint: r.Endpoint, Slot: r.Slot,
+	}
+}
+
+func openKey(k policy.OpenKey) bpf.DatapathOpenKey {
+	return bpf.DatapathOpenKey{
+		Saddr: addr6(k.From), Daddr: addr(k.To.Addr()), Port: port16(k.To.Port()), Proto: uint8(k.Proto),
 	}
 }
 

@@ -5,6 +5,8 @@ package maps
 import (
 	"errors"
 	"fmt"
+	stdmaps "maps"
+	"slices"
 
 	"github.com/cilium/ebpf"
 
@@ -25,14 +27,17 @@ type Timeouts struct {
 
 // Settings is the daemon's part of the config map.
 type Settings struct {
-	NetnsCookie     uint64
-	DropTransit4    bool // what the host forwards for others
-	DropTransit6    bool
-	SNAT            []PortRange         // at most two
-	Reserved        map[uint16]struct{} // within SNAT: not to be used
-	HashSeed        uint32
-	ReservationWait uint32 // ticks
-	Timeouts        Timeouts
+	NetnsCookie   uint64
+	DropTransit4  bool // what the host forwards for others
+	DropTransit6  bool
+	DirectRouting bool
+	// AcceptMark lets a packet with this mark, under AcceptMask, reach every port. Without a mask: none.
+	AcceptMark, AcceptMask uint32
+	SNAT                   []PortRange         // at most two
+	Reserved               map[uint16]struct{} // within SNAT: not to be used
+	HashSeed               uint32
+	ReservationWait        uint32 // ticks
+	Timeouts               Timeouts
 }
 
 // realised is what the maps hold, in the data path's own shapes.
@@ -48,6 +53,8 @@ type realised struct {
 	ports     map[bpf.DatapathPortKey]bpf.DatapathPort
 	sources   map[bpf.DatapathSourceKey]uint8
 	masq      map[uint32]bpf.DatapathMasqueradeAddr
+	open      map[bpf.DatapathOpenKey]uint32
+	trusted   map[bpf.DatapathTrustedKey]uint8
 }
 
 // Writer brings the maps to the desired tables. It is the maps' only writer and not safe for
@@ -100,6 +107,7 @@ func (w *Writer) Resync() error {
 		readHash(w.m.m["subnets"], &h.subnets), readHash(w.m.m["host_addrs"], &h.hostAddrs),
 		readHash(w.m.m["pairs"], &h.pairs), readHash(w.m.m["ports"], &h.ports),
 		readHash(w.m.m["allowed_sources"], &h.sources), readHash(w.m.m["masquerade_addrs"], &h.masq),
+		readHash(w.m.m["open_ports"], &h.open), readHash(w.m.m["trusted"], &h.trusted),
 	); err != nil {
 		return err
 	}
@@ -155,6 +163,8 @@ func desired(t policy.Tables) *realised {
 		ports:     make(map[bpf.DatapathPortKey]bpf.DatapathPort),
 		sources:   make(map[bpf.DatapathSourceKey]uint8),
 		masq:      make(map[uint32]bpf.DatapathMasqueradeAddr),
+		open:      make(map[bpf.DatapathOpenKey]uint32),
+		trusted:   make(map[bpf.DatapathTrustedKey]uint8),
 	}
 	for slot, n := range t.Networks {
 		d.networks[uint32(slot)] = networkValue(n)
@@ -177,9 +187,20 @@ func desired(t policy.Tables) *realised {
 	for p := range t.Pairs {
 		d.pairs[bpf.DatapathPair{A: p[0], B: p[1]}] = 1
 	}
-	for k, p := range t.Ports {
-		d.ports[portKey(k)] = portValue(p)
-		d.portSlots[uint32(p.Slot)] = bpf.DatapathPortSlot{Live: 1}
+	for _, ports := range []map[policy.PortKey]policy.PortRow{t.Closed, t.Ports} {
+		for k, p := range ports {
+			d.ports[portKey(k)] = portValue(p)
+			d.portSlots[uint32(p.Slot)] = bpf.DatapathPortSlot{Live: 1}
+		}
+	}
+	for k, slot := range t.Open {
+		d.open[openKey(k)] = uint32(slot)
+		if slot != 0 {
+			d.portSlots[uint32(slot)] = bpf.DatapathPortSlot{Live: 1}
+		}
+	}
+	for k := range t.Trusted {
+		d.trusted[bpf.DatapathTrustedKey{Ifindex: uint32(k.Ifindex), Net: uint32(k.Network)}] = 1
 	}
 	for ifindex, m := range t.Masquerade {
 		d.masq[uint32(ifindex)] = bpf.DatapathMasqueradeAddr{Addr4: addr4(m.Addr4), Addr6: addr6(m.Addr6)}
@@ -216,6 +237,8 @@ func (w *Writer) Apply(t policy.Tables, s Settings) (Result, error) {
 
 	// Away with what is gone, the most specific first.
 	do(remove(m["ports"], w.have.ports, want.ports))
+	do(remove(m["open_ports"], w.have.open, want.open))
+	do(remove(m["trusted"], w.have.trusted, want.trusted))
 	removedPorts, err := zero(m["port_slots"], w.have.portSlots, want.portSlots)
 	do(removedPorts, err)
 	do(remove(m["allowed_sources"], w.have.sources, want.sources))
@@ -245,6 +268,8 @@ func (w *Writer) Apply(t policy.Tables, s Settings) (Result, error) {
 	do(put(m["links"], w.have.links, want.links))
 	do(put(m["port_slots"], w.have.portSlots, want.portSlots))
 	do(put(m["ports"], w.have.ports, want.ports))
+	do(put(m["trusted"], w.have.trusted, want.trusted))
+	do(put(m["open_ports"], w.have.open, want.open))
 
 	do(remove(m["subnets"], w.have.subnets, want.subnets))
 	do(zero(m["network_slots"], w.have.networks, want.networks))
@@ -348,7 +373,8 @@ func (w *Writer) writeClass(t policy.Tables, s Settings) (int, error) {
 			}
 		}
 	}
-	for k := range t.Ports {
+	keys := slices.AppendSeq(slices.Collect(stdmaps.Keys(t.Ports)), stdmaps.Keys(t.Closed))
+	for _, k := range keys {
 		i := classPorts + int(k.Host.Port())
 		want[i] &^= byte(bpf.DatapathPortBitsPORT_SNAT)
 		switch k.Proto {
@@ -420,6 +446,10 @@ func (w *Writer) writeConfig(s Settings, renew bool) error {
 	if s.DropTransit6 {
 		cfg.Flags |= bpf.DatapathConfigFlagsCONFIG_DROP_TRANSIT6
 	}
+	if s.DirectRouting {
+		cfg.Flags |= bpf.DatapathConfigFlagsCONFIG_DIRECT_ROUTING
+	}
+	cfg.AcceptMark, cfg.AcceptMask = s.AcceptMark, s.AcceptMask
 	for i, r := range s.SNAT[:min(len(s.SNAT), len(cfg.Snat))] {
 		cfg.Snat[i].First, cfg.Snat[i].Count = r.First, uint32(r.Count)
 	}
@@ -431,6 +461,11 @@ func (w *Writer) writeConfig(s Settings, renew bool) error {
 	var have bpf.DatapathConfig
 	if err := w.m.m["config"].Lookup(uint32(0), &have); err != nil {
 		return fmt.Errorf("read config: %w", err)
+	}
+	// What decides over packets of flows that are open already has them judged again.
+	if !renew && (have.Flags != cfg.Flags || have.AcceptMark != cfg.AcceptMark || have.AcceptMask != cfg.AcceptMask) {
+		w.generation++
+		cfg.Generation = w.generation
 	}
 	if have == cfg {
 		return nil

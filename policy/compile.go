@@ -35,6 +35,8 @@ type Intents struct {
 	Allowed [][2]string
 	// Attached says on which bridge ports, by index, the programs are in place.
 	Attached map[int]bool
+	// DirectRouting has containers' own addresses dialled from everywhere, at published ports.
+	DirectRouting bool
 }
 
 // NetworkRow is a network as the data path knows it.
@@ -43,10 +45,14 @@ type NetworkRow struct {
 	MAC        MAC
 	MTU        int // bytes
 	NoICC      bool
-	Masquerade bool
+	Masquerade bool // of the families that are not routed
 	Internal   bool
+	Mode4      GatewayMode
+	Mode6      GatewayMode
 	Gateway4   netip.Addr // invalid: none
 	Gateway6   netip.Addr
+	Source4    netip.Addr // to masquerade with; invalid: the route's
+	Source6    netip.Addr
 }
 
 // EndpointRow is an endpoint whose interface is known and guarded: it is READY.
@@ -74,8 +80,22 @@ type PortKey struct {
 // PortRow is where a published port leads.
 type PortRow struct {
 	Target   netip.AddrPort
-	Endpoint uint16
+	Endpoint uint16 // 0: nowhere, and nobody else has the port
 	Slot     uint16
+}
+
+// OpenKey is a container's port that may be dialled by its own address, as far as its network's mode
+// and the way that the packet came let it be.
+type OpenKey struct {
+	From  netip.Addr // invalid: whoever
+	To    netip.AddrPort
+	Proto Proto
+}
+
+// TrustedKey is a device by which a network's containers may be dialled; 0: there is one.
+type TrustedKey struct {
+	Network uint16
+	Ifindex int
 }
 
 // SourceKey is an additional source that an endpoint may send from.
@@ -94,14 +114,19 @@ type Tables struct {
 	HostAddrs map[netip.Addr]int
 	Pairs     map[[2]uint16]struct{} // lower slot first
 	Ports     map[PortKey]PortRow
-	Sources   map[SourceKey]struct{}
+	// Closed are host ports that the source holds and that lead nowhere: the container is reached by
+	// its own address.
+	Closed  map[PortKey]PortRow
+	Open    map[OpenKey]uint16 // → the published port's slot, 0: none
+	Trusted map[TrustedKey]struct{}
+	Sources map[SourceKey]struct{}
 	// Masquerade is by uplink, for kernels that do not tell the source of a route.
 	Masquerade map[int]MasqueradeAddrs
 
 	// Waiting says why an endpoint, by ID, is not READY.
 	Waiting map[string]string
-	// Conflicts are published ports that cannot be served, each in one line.
-	Conflicts []string
+	// Problems are what cannot be served as it was asked for, sorted, each once.
+	Problems []Problem
 }
 
 // assign gives every id its slot of the last round, or the lowest that was free in it: a slot freed
@@ -134,7 +159,11 @@ func assign(last map[string]uint16, ids []string, limit int) (map[string]uint16,
 
 // ID names the port among all: what is dialled and where it leads.
 func (p Port) ID() string {
-	return fmt.Sprintf("%s/%s/%s/%d", p.Proto, p.Host, p.EndpointID, p.Target)
+	id := fmt.Sprintf("%s/%s/%s/%d", p.Proto, p.Host, p.EndpointID, p.Target)
+	if p.Refused {
+		id += "/refused"
+	}
+	return id
 }
 
 func (e Endpoint) addr(is4 bool) netip.Addr {
@@ -165,6 +194,9 @@ func Compile(in Intents, last Slots) (Tables, Slots) {
 		HostAddrs:  make(map[netip.Addr]int),
 		Pairs:      make(map[[2]uint16]struct{}),
 		Ports:      make(map[PortKey]PortRow),
+		Closed:     make(map[PortKey]PortRow),
+		Open:       make(map[OpenKey]uint16),
+		Trusted:    make(map[TrustedKey]struct{}),
 		Sources:    make(map[SourceKey]struct{}),
 		Masquerade: make(map[int]MasqueradeAddrs),
 		Waiting:    make(map[string]string),
@@ -174,7 +206,12 @@ func Compile(in Intents, last Slots) (Tables, Slots) {
 
 	slots.Networks, refused = assign(last.Networks, ids(networks, func(n Network) string { return n.ID }), MaxNetworks)
 	for _, id := range refused {
-		t.Conflicts = append(t.Conflicts, fmt.Sprintf("network %s: more than %d networks", id, MaxNetworks-1))
+		t.wrong("", "network "+id, fmt.Sprintf("more than %d networks", MaxNetworks-1), "not served")
+	}
+	for _, a := range in.Devices.HostAddrs {
+		if !a.Addr.IsLoopback() {
+			t.HostAddrs[a.Addr.Unmap().WithZone("")] = a.Ifindex
+		}
 	}
 	bridges := make(map[string]Bridge, len(in.Devices.Bridges))
 	for _, b := range in.Devices.Bridges {
@@ -188,16 +225,12 @@ func Compile(in Intents, last Slots) (Tables, Slots) {
 		}
 		byID[n.ID] = n
 		t.Networks[slot] = networkRow(n, bridges[n.Bridge])
+		t.options(n, slot, in.Devices)
 		for _, s := range n.Subnets {
 			t.Subnets[s.Masked()] = slot
 		}
 	}
 	t.pairs(in.Allowed, networks, slots.Networks)
-	for _, a := range in.Devices.HostAddrs {
-		if !a.Addr.IsLoopback() {
-			t.HostAddrs[a.Addr.Unmap().WithZone("")] = a.Ifindex
-		}
-	}
 
 	for _, u := range in.Devices.Uplinks {
 		if m := masqueradeAddrs(u); m != (MasqueradeAddrs{}) {
@@ -227,7 +260,13 @@ func Compile(in Intents, last Slots) (Tables, Slots) {
 
 	slots.Ports, refused = assign(last.Ports, ids(ports, Port.ID), MaxPorts)
 	for _, id := range refused {
-		t.Conflicts = append(t.Conflicts, fmt.Sprintf("port %s: more than %d published ports", id, MaxPorts-1))
+		t.wrong("", "port "+id, fmt.Sprintf("more than %d published ports", MaxPorts-1), "not served")
+	}
+	mates := make(map[string][]Endpoint) // by sandbox
+	for _, e := range endpoints {
+		if _, ok := targets[e.ID]; ok {
+			mates[e.SandboxID] = append(mates[e.SandboxID], e)
+		}
 	}
 	for _, p := range ports {
 		slot, ok := slots.Ports[p.ID()]
@@ -235,12 +274,34 @@ func Compile(in Intents, last Slots) (Tables, Slots) {
 			continue
 		}
 		e, ok := targets[p.EndpointID]
-		if !ok || byID[e.NetworkID].Internal {
+		if !ok {
 			continue
 		}
-		t.port(p, slot, e, slots.Endpoints[e.ID])
+		if p.Refused {
+			if target := e.addr(p.Host.Addr().Is4()); target.IsValid() {
+				t.Closed[PortKey{p.Proto, p.Host}] = PortRow{Target: netip.AddrPortFrom(target, p.Target), Slot: slot}
+			}
+			continue
+		}
+		for _, m := range mates[e.SandboxID] {
+			t.opening(p, slot, m, m.ID == e.ID, byID[m.NetworkID], in.DirectRouting)
+		}
+		if n := byID[e.NetworkID]; !n.Internal {
+			t.port(p, slot, e, slots.Endpoints[e.ID], n)
+		}
 	}
-	slices.Sort(t.Conflicts)
+	for _, o := range in.State.Openings {
+		from, to := targets[o.From], targets[o.To]
+		for _, is4 := range []bool{true, false} {
+			a, b := from.addr(is4), to.addr(is4)
+			if from.NetworkID == to.NetworkID && a.IsValid() && b.IsValid() && byID[from.NetworkID].NoICC {
+				t.Open[OpenKey{From: a, To: netip.AddrPortFrom(b, o.Port), Proto: o.Proto}] = 0
+			}
+		}
+	}
+	t.Problems = append(t.Problems, in.State.Problems...)
+	slices.SortFunc(t.Problems, CompareProblems)
+	t.Problems = slices.Compact(t.Problems)
 	return t, slots
 }
 
@@ -253,7 +314,10 @@ func ids[T any](list []T, id func(T) string) []string {
 }
 
 func networkRow(n Network, b Bridge) NetworkRow {
-	row := NetworkRow{NoICC: n.NoICC, Masquerade: !n.NoMasquerade && !n.Internal, Internal: n.Internal, MTU: n.MTU}
+	row := NetworkRow{
+		NoICC: n.NoICC, Masquerade: !n.NoMasquerade && !n.Internal, Internal: n.Internal, MTU: n.MTU,
+		Mode4: n.Mode4, Mode6: n.Mode6, Source4: n.Source4, Source6: n.Source6,
+	}
 	for _, g := range n.Gateways {
 		if g = g.Unmap(); g.Is4() {
 			row.Gateway4 = g
@@ -345,24 +409,107 @@ func (t *Tables) endpoint(e Endpoint, slot uint16, n Network, net uint16, sandbo
 	}
 }
 
+// wrong notes a problem.
+func (t *Tables) wrong(network, setting, text, instead string) {
+	t.Problems = append(t.Problems, Problem{Network: network, Setting: setting, Text: text, Instead: instead})
+}
+
+// options puts down which devices a network trusts, and checks its options against the host.
+func (t *Tables) options(n Network, slot uint16, d Devices) {
+	for _, name := range n.Trusted {
+		ifindex := d.ifindex(name)
+		switch {
+		case n.Internal: // reported by whoever read the options
+		case ifindex == 0:
+			t.wrong(n.QualifiedName(), OptTrusted, fmt.Sprintf("there is no device %q with an address", name), "nobody is let in by it")
+		default:
+			t.Trusted[TrustedKey{Network: slot}] = struct{}{}
+			t.Trusted[TrustedKey{Network: slot, Ifindex: ifindex}] = struct{}{}
+		}
+	}
+	for _, s := range []struct {
+		key  string
+		addr netip.Addr
+	}{{OptSource4, n.Source4}, {OptSource6, n.Source6}} {
+		if s.addr.IsValid() && !t.isLocal(s.addr) {
+			t.wrong(n.QualifiedName(), s.key, s.addr.String()+" is no address of this host", "used all the same: answers come back only if they are routed here")
+		}
+	}
+	if n.HostBinding.IsValid() && !t.isLocal(n.HostBinding) {
+		t.wrong(n.QualifiedName(), OptHostBinding, n.HostBinding.String()+" is no address of this host", "what is published on it is not reached")
+	}
+}
+
+// ifindex is that of an uplink or a bridge, 0 if there is none of that name.
+func (d Devices) ifindex(name string) int {
+	for _, u := range d.Uplinks {
+		if u.Name == name {
+			return u.Ifindex
+		}
+	}
+	for _, b := range d.Bridges {
+		if b.Name == name {
+			return b.Ifindex
+		}
+	}
+	return 0
+}
+
+// isLocal reports whether the host answers to the address, or it stands for all.
+func (t *Tables) isLocal(a netip.Addr) bool {
+	_, ok := t.HostAddrs[a.Unmap().WithZone("")]
+	return ok || a.IsUnspecified() || a.IsLoopback()
+}
+
+// opening adds the container's own port behind a published one, where something may let others dial it.
+// Of a container's endpoints the one that publishes has it, and all those on routed networks.
+func (t *Tables) opening(p Port, slot uint16, e Endpoint, publishes bool, n Network, directRouting bool) {
+	is4 := p.Host.Addr().Unmap().Is4()
+	to := e.addr(is4)
+	routed := n.Mode(is4) == ModeRouted
+	if n.Internal || !to.IsValid() || p.Target == 0 || !routed && !(publishes && (directRouting || len(n.Trusted) > 0)) {
+		return
+	}
+	key := OpenKey{To: netip.AddrPortFrom(to, p.Target), Proto: p.Proto}
+	if _, taken := t.Open[key]; !taken {
+		t.Open[key] = slot
+	}
+}
+
 // port adds a published port. Over IPv6 a container without such an address is reached by its IPv4
 // one: the host's own sockets can be sent there, packets from outside cannot.
-func (t *Tables) port(p Port, slot uint16, e Endpoint, endpoint uint16) {
+func (t *Tables) port(p Port, slot uint16, e Endpoint, endpoint uint16, n Network) {
 	host := netip.AddrPortFrom(p.Host.Addr().Unmap(), p.Host.Port())
 	key := PortKey{Proto: p.Proto, Host: host}
 	target := e.addr(host.Addr().Is4())
 	if !target.IsValid() && host.Addr().Is6() {
 		target = e.addr(true)
 	}
+	about := fmt.Sprintf("port %s of %s", p, e.Name)
 	if !target.IsValid() || host.Port() == 0 || p.Target == 0 {
-		t.Conflicts = append(t.Conflicts, fmt.Sprintf("port %s of %s: the container has no such address", p, e.Name))
+		t.wrong(n.QualifiedName(), about, "the container has no such address", "not served")
+		return
+	}
+	row := PortRow{Target: netip.AddrPortFrom(target, p.Target), Endpoint: endpoint, Slot: slot}
+	if n.Mode(target.Is4()) == ModeRouted {
+		if !host.Addr().IsUnspecified() {
+			t.wrong(n.QualifiedName(), about, "the network is routed", fmt.Sprintf("the host's address is without effect: port %d of %s is open", p.Target, target))
+		}
+		row.Endpoint = 0
+		t.Closed[key] = row
 		return
 	}
 	if held, ok := t.Ports[key]; ok {
-		t.Conflicts = append(t.Conflicts, fmt.Sprintf("port %s of %s: already leads to %s", p, e.Name, held.Target))
+		t.wrong(n.QualifiedName(), about, fmt.Sprintf("already leads to %s", held.Target), "not served")
 		return
 	}
-	t.Ports[key] = PortRow{Target: netip.AddrPortFrom(target, p.Target), Endpoint: endpoint, Slot: slot}
+	if p.Proto == SCTP && p.Target != host.Port() {
+		t.wrong(n.QualifiedName(), about, "SCTP keeps its port numbers; publish it under its own", "not served")
+	}
+	if host.Addr() != n.HostBinding && !t.isLocal(host.Addr()) {
+		t.wrong(n.QualifiedName(), about, host.Addr().String()+" is no address of this host", "the port is not reached")
+	}
+	t.Ports[key] = row
 }
 
 // Equal reports whether two tables would have the data path do the same.
@@ -371,7 +518,8 @@ func (t Tables) Equal(o Tables) bool {
 		maps.Equal(t.Addrs, o.Addrs) && maps.Equal(t.Links, o.Links) &&
 		maps.Equal(t.Subnets, o.Subnets) && maps.Equal(t.HostAddrs, o.HostAddrs) &&
 		maps.Equal(t.Pairs, o.Pairs) && maps.Equal(t.Ports, o.Ports) && maps.Equal(t.Sources, o.Sources) &&
-		maps.Equal(t.Masquerade, o.Masquerade)
+		maps.Equal(t.Masquerade, o.Masquerade) && maps.Equal(t.Closed, o.Closed) && maps.Equal(t.Open, o.Open) &&
+		maps.Equal(t.Trusted, o.Trusted)
 }
 
 // SortedPorts lists the published ports by what is dialled.

@@ -66,7 +66,7 @@ func TestCompile(t *testing.T) {
 	require.Equal(t, map[string]uint16{"n1": 1, "n2": 2}, slots.Networks)
 	require.Equal(t, map[string]uint16{"e1": 1, "e2": 2, "e3": 3}, slots.Endpoints)
 	require.Empty(t, tables.Waiting)
-	require.Empty(t, tables.Conflicts)
+	require.Empty(t, tables.Problems)
 	require.Equal(t, NetworkRow{Ifindex: 10, MAC: mac(100), MTU: 1500, Masquerade: true, Gateway4: netip.MustParseAddr("172.17.0.1")}, tables.Networks[1])
 	require.Equal(t, NetworkRow{
 		Ifindex: 11, MAC: mac(101), MTU: 1400, NoICC: true, Internal: true,
@@ -122,9 +122,9 @@ func TestCompilePorts(t *testing.T) {
 	require.Equal(t, []PortKey{
 		{TCP, netip.MustParseAddrPort("0.0.0.0:1")}, {UDP, netip.MustParseAddrPort("0.0.0.0:1")},
 	}, tables.SortedPorts())
-	require.Len(t, tables.Conflicts, 2)
-	require.Contains(t, tables.Conflicts[0], "0.0.0.0:0->80/tcp of web")
-	require.Contains(t, tables.Conflicts[1], "already leads to 172.17.0.2:80")
+	require.Len(t, tables.Problems, 2)
+	require.Contains(t, tables.Problems[0].Setting, "0.0.0.0:0->80/tcp of web")
+	require.Contains(t, tables.Problems[1].Text, "already leads to 172.17.0.2:80")
 }
 
 func TestCompileAllowed(t *testing.T) {

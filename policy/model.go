@@ -82,10 +82,33 @@ type Network struct {
 	NoMasquerade bool
 	// Internal networks reach nothing but themselves and the host.
 	Internal bool
+	// Mode4 and Mode6 say how containers are reached from beyond the network.
+	Mode4, Mode6 GatewayMode
+	// Source4 and Source6 are addresses to masquerade with. Optional: the route's.
+	Source4, Source6 netip.Addr
+	// Trusted are devices by which containers' own addresses may be dialled, at published ports.
+	Trusted []string
 	// HostBinding is the default host address of published ports. Optional: any address.
 	HostBinding netip.Addr
 	// MTU in bytes, 0 if the source did not say.
 	MTU int
+}
+
+// SetOptions takes over the options.
+func (n *Network) SetOptions(o Options) {
+	n.NoICC, n.NoMasquerade, n.HostBinding, n.MTU = o.NoICC, o.NoMasquerade, o.HostBinding, o.MTU
+	n.Mode4, n.Mode6, n.Source4, n.Source6, n.Trusted = o.Mode4, o.Mode6, o.Source4, o.Source6, o.Trusted
+	if o.Mode4 == ModeIsolated || o.Mode6 == ModeIsolated {
+		n.Internal = true
+	}
+}
+
+// Mode is the gateway mode of a family.
+func (n Network) Mode(is4 bool) GatewayMode {
+	if is4 {
+		return n.Mode4
+	}
+	return n.Mode6
 }
 
 // QualifiedName is the network's name among those of all sources: docker/frontend.
@@ -116,6 +139,24 @@ type Port struct {
 	EndpointID string
 	// Target is the container's port.
 	Target uint16
+	// Refused: the source holds the host's port, but it is not to lead anywhere.
+	Refused bool
+}
+
+// Narrow is the port where no host address was asked for and binding is the network's default one: on
+// that address, and refused on the others.
+func (p Port) Narrow(binding netip.Addr) []Port {
+	host := p.Host.Addr()
+	if !binding.IsValid() || binding.IsUnspecified() || !host.IsUnspecified() {
+		return []Port{p}
+	}
+	rest := p
+	rest.Refused = true
+	if host.Is4() != binding.Is4() {
+		return []Port{rest}
+	}
+	p.Host = netip.AddrPortFrom(binding, p.Host.Port())
+	return []Port{p, rest}
 }
 
 // String is the binding in Docker's words: 0.0.0.0:8080->80/tcp.
@@ -123,11 +164,22 @@ func (p Port) String() string {
 	return fmt.Sprintf("%s->%d/%s", p.Host, p.Target, p.Proto)
 }
 
+// Opening lets one endpoint dial a port of another where their network keeps containers apart
+// (docker run --link).
+type Opening struct {
+	From, To string // endpoint IDs
+	Proto    Proto
+	Port     uint16
+}
+
 // State is the full state of one source at one moment.
 type State struct {
 	Networks  []Network
 	Endpoints []Endpoint
 	Ports     []Port
+	Openings  []Opening
+	// Problems are what the source has found wrong in the settings.
+	Problems []Problem
 }
 
 // Link is a bridge port of a served network as the kernel shows it.

@@ -87,7 +87,7 @@ static __always_inline int container_l2(struct __sk_buff *skb, struct scratch *s
 	struct endpoint *peer = endpoint_get(peer_slot);
 	int err;
 
-	if (net->flags & NETWORK_NO_ICC)
+	if (net->flags & NETWORK_NO_ICC && !linked())
 		return drop_from(skb, slot, REASON_ICC_DISABLED);
 	/* A neighbour that routes for it, or errors and lost fragments: the bridge knows the way. */
 	if (!peer || peer->net != ep->net || !mac_equal(p->dmac, peer->mac) ||
@@ -104,7 +104,8 @@ static __always_inline int container_egress(struct __sk_buff *skb, struct scratc
 					    const struct endpoint *ep, const struct network *net,
 					    const bool v6)
 {
-	bool masquerade = net->flags & NETWORK_MASQUERADE;
+	bool masquerade = net->flags & NETWORK_MASQUERADE && mode_of(net, v6) != GATEWAY_ROUTED;
+	bool source = v6 ? !addr_is_zero(&net->source6) : net->source4 != 0;
 	const struct packet *p = &s->packet;
 	struct plan *n = &s->plan;
 
@@ -115,7 +116,7 @@ static __always_inline int container_egress(struct __sk_buff *skb, struct scratc
 	s->route.from = p->saddr;
 	s->route.to = p->daddr;
 	s->route.bridge = net->ifindex;
-	s->route.want_source = masquerade;
+	s->route.want_source = masquerade && !source;
 	s->route.reverse = false;
 	switch (route(skb, v6)) {
 	case ROUTE_OK:
@@ -125,6 +126,12 @@ static __always_inline int container_egress(struct __sk_buff *skb, struct scratc
 		return to_stack(skb, HOOK_CONTAINER);
 	default:
 		return drop_from(skb, slot, REASON_NO_ROUTE);
+	}
+	if (source) {
+		if (v6)
+			s->route.source = net->source6;
+		else
+			addr_from_v4(&s->route.source, net->source4);
 	}
 	if (masquerade && (v6 ? addr_is_zero(&s->route.source) : !s->route.source.w[3]))
 		return drop_from(skb, slot, REASON_NO_ROUTE);
@@ -152,7 +159,6 @@ static __always_inline int flow_renew(struct __sk_buff *skb, struct flow *f, str
 	struct endpoint *owner = endpoint_get(f->endpoint), *peer;
 	const struct packet *p = &s->packet;
 	struct plan *n = &s->plan;
-	struct network *own;
 	struct addr from;
 	int err;
 
@@ -163,8 +169,13 @@ static __always_inline int flow_renew(struct __sk_buff *skb, struct flow *f, str
 		peer = endpoint_get(f->peer);
 		if (!peer || peer->ifindex != f->ifindex)
 			return 0;
-		own = network_get(owner->net);
-		err = f->port || !own ? 0 : check_isolation(owner, own, peer);
+		/* Judged as its first packet was: by who opened it. */
+		if (f->port && f->flags & FLOW_NAT)
+			break;
+		if (f->flags & FLOW_ORIGIN)
+			err = check_isolation(s, owner, peer, false, v6);
+		else
+			err = check_isolation(s, peer, owner, true, v6);
 		if (err)
 			return err;
 		break;
@@ -178,6 +189,12 @@ static __always_inline int flow_renew(struct __sk_buff *skb, struct flow *f, str
 		}
 		if (!f->port && net->flags & NETWORK_INTERNAL)
 			return -REASON_INTERNAL;
+		/* Opened from outside, to its own address. */
+		if (!(f->flags & (FLOW_ORIGIN | FLOW_NAT))) {
+			open_of(s, true);
+			if (lets_in(owner->net, ANY_DEVICE, cfg->accept_mark, v6) < 0)
+				return -REASON_DIRECT_ACCESS;
+		}
 		n->flags = 0;
 		s->route.from = f->flags & FLOW_SNAT ? p->saddr : from;
 		s->route.bridge = net->ifindex;
@@ -186,7 +203,8 @@ static __always_inline int flow_renew(struct __sk_buff *skb, struct flow *f, str
 		if (route(skb, v6) != ROUTE_OK)
 			return 0;
 		/* The address it was masqueraded with is no longer ours. */
-		if (f->flags & FLOW_SNAT && !is_host_addr(&from, v6))
+		if (f->flags & FLOW_SNAT && !is_host_addr(&from, v6) &&
+		    !(v6 ? addr_equal(&from, &net->source6) : from.w[3] == net->source4))
 			return 0;
 		f->ifindex = n->ifindex;
 		f->mtu = n->mtu;
@@ -229,7 +247,7 @@ static __always_inline int container_slow(struct __sk_buff *skb, struct scratch 
 	struct port_class *class = bpf_map_lookup_elem(&port_class, &zero);
 	struct config *cfg = config_get();
 	struct packet *p = &s->packet;
-	bool error = p->flags & PACKET_ICMP_ERROR;
+	bool error = p->flags & PACKET_ICMP_ERROR, isolated;
 	struct network *net;
 	struct flow *f = NULL;
 	int err;
@@ -243,6 +261,7 @@ static __always_inline int container_slow(struct __sk_buff *skb, struct scratch 
 	net = network_get(ep->net);
 	if (!cfg || !class || !net)
 		return drop_from(skb, slot, REASON_NOT_READY);
+	isolated = mode_of(net, v6) == GATEWAY_ISOLATED;
 	if (!mac_equal(p->smac, ep->mac))
 		return drop_from(skb, slot, REASON_SPOOFED_MAC);
 	err = check_source(p, ep, slot, v6);
@@ -271,7 +290,9 @@ static __always_inline int container_slow(struct __sk_buff *skb, struct scratch 
 		/* The rest is for the gateway to route: judged like any other packet. */
 	}
 	if (p->dmac[0] & 1 || addr_is_multicast(&p->daddr, v6))
-		return to_bridge(skb);
+		return isolated ? to_neighbours(skb) : to_bridge(skb);
+	if (isolated && mac_equal(p->dmac, net->mac))
+		return drop_from(skb, slot, REASON_INTERNAL);
 	if (addr_is_link_local(&p->daddr, v6)) {
 		if (net->flags & NETWORK_NO_ICC && !mac_equal(p->dmac, net->mac))
 			return drop_from(skb, slot, REASON_ICC_DISABLED);
@@ -326,7 +347,7 @@ static __always_inline int container_slow(struct __sk_buff *skb, struct scratch 
 		peer = endpoint_get(peer_slot);
 		if (!peer || !(peer->flags & ENDPOINT_READY))
 			return drop_from(skb, slot, REASON_NOT_READY);
-		err = check_isolation(ep, net, peer);
+		err = check_isolation(s, ep, peer, false, v6);
 		if (err)
 			return drop_from(skb, slot, -err);
 	} else {
@@ -415,11 +436,39 @@ static __always_inline int from_container_frame(struct __sk_buff *skb)
 	return container_link(skb, &s->packet, skb->vlan_present ? 0 : proto);
 }
 
+/*
+ * The world's packet by the stack, which from_uplink left the last word to its mark. Its flow is opened as
+ * if from_uplink had: that forwards what follows, and answers are not masqueraded. 0 or -REASON.
+ */
+static __always_inline int marked_of(struct __sk_buff *skb, const bool v6)
+{
+	struct scratch *s = scratch_start(HOOK_UPLINK);
+	int err;
+
+	if (!s || !parse_ethernet(skb, &s->packet) || parse_ip(skb, &s->packet, v6) < 0)
+		return -REASON_MALFORMED;
+	if (s->packet.flags & PACKET_NO_L4)
+		s->packet.flags |= PACKET_PORTS_LOST;
+	err = plan_direct(skb, s, skb->ingress_ifindex, v6);
+	return err ? err : flow_open(skb, v6);
+}
+
+__noinline int marked4(struct __sk_buff *skb)
+{
+	return marked_of(skb, false);
+}
+
+__noinline int marked6(struct __sk_buff *skb)
+{
+	return marked_of(skb, true);
+}
+
 /* What reaches a container by the stack or the bridge: its host, its neighbours, nobody else. */
 static __always_inline int to_container_ip(struct __sk_buff *skb, struct packet *p, const bool v6)
 {
 	__u32 slot = 0, from_slot = 0, in = skb->ingress_ifindex;
 	struct endpoint *ep = endpoint_of_link(skb->ifindex, &slot), *from;
+	struct config *cfg;
 	struct network *net;
 	int err = parse_ip(skb, p, v6);
 
@@ -432,22 +481,30 @@ static __always_inline int to_container_ip(struct __sk_buff *skb, struct packet 
 	if (addr_is_loopback(&p->saddr, v6) || addr_is_loopback(&p->daddr, v6) ||
 	    (!v6 && addr_is_this_network(&p->daddr, v6)))
 		return drop(skb, HOOK_TO_CONTAINER, REASON_LOOPBACK_ADDRESS);
+	net = network_get(ep->net);
+	if (!net)
+		return drop(skb, HOOK_TO_CONTAINER, REASON_NOT_READY);
 	if (in && in != LO_IFINDEX) {
 		from = endpoint_of_link(in, &from_slot);
 		if (!from) {
-			__u32 *known = bpf_map_lookup_elem(&links, &in);
-
-			net = network_get(ep->net);
-			if (known || !net)
+			if (bpf_map_lookup_elem(&links, &in))
 				return drop(skb, HOOK_TO_CONTAINER, REASON_NOT_READY);
+			cfg = config_get();
+			err = -REASON_DIRECT_ACCESS;
+			if (cfg && cfg->accept_mask)
+				err = v6 ? marked6(skb) : marked4(skb);
 			/* The bridge's own index: routed by the host between its networks. */
-			return drop(skb, HOOK_TO_CONTAINER, REASON_DIRECT_ACCESS);
+			if (err)
+				return drop(skb, HOOK_TO_CONTAINER, -err);
+			count_endpoint_rx(skb, slot);
+			return let_go(skb, HOOK_TO_CONTAINER, FATE_STACK, PASS);
 		}
-		net = network_get(ep->net);
-		if (!net || from->net != ep->net)
+		if (from->net != ep->net)
 			return drop(skb, HOOK_TO_CONTAINER, REASON_ISOLATED);
 		if (net->flags & NETWORK_NO_ICC)
 			return drop(skb, HOOK_TO_CONTAINER, REASON_ICC_DISABLED);
+	} else if (mode_of(net, v6) == GATEWAY_ISOLATED) {
+		return drop(skb, HOOK_TO_CONTAINER, REASON_INTERNAL);
 	}
 	count_endpoint_rx(skb, slot);
 	return let_go(skb, HOOK_TO_CONTAINER, in ? FATE_BRIDGE : FATE_STACK, PASS);

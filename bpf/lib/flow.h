@@ -70,6 +70,7 @@ struct scratch {
 	struct route_query route;
 	struct bpf_sock_tuple tuple;
 	struct quoted quoted;
+	struct open_key open;
 	struct flow4_key key4; /* of the reverse entry */
 	struct flow4_key forward4;
 	struct flow6_key key6;

@@ -29,6 +29,8 @@ MAP(BPF_MAP_TYPE_HASH, endpoints, struct addr, __u32, 2 * MAX_ENDPOINTS, 0);
 MAP(BPF_MAP_TYPE_HASH, links, __u32, __u32, MAX_ENDPOINTS, 0);
 MAP(BPF_MAP_TYPE_HASH, ports, struct port_key, struct port, 65536, BPF_F_NO_PREALLOC);
 MAP(BPF_MAP_TYPE_HASH, pairs, struct pair, __u8, 16384, BPF_F_NO_PREALLOC);
+MAP(BPF_MAP_TYPE_HASH, open_ports, struct open_key, __u32, 65536, BPF_F_NO_PREALLOC);
+MAP(BPF_MAP_TYPE_HASH, trusted, struct trusted_key, __u8, 16384, BPF_F_NO_PREALLOC);
 MAP(BPF_MAP_TYPE_HASH, host_addrs, struct addr, struct host_addr, 8192, BPF_F_NO_PREALLOC);
 MAP(BPF_MAP_TYPE_HASH, masquerade_addrs, __u32, struct masquerade_addr, 4096, BPF_F_NO_PREALLOC);
 MAP(BPF_MAP_TYPE_LPM_TRIE, subnets, struct subnet_key, __u32, 2 * MAX_NETWORKS, BPF_F_NO_PREALLOC);

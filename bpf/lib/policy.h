@@ -72,6 +72,104 @@ static __always_inline bool may_talk(__u16 a, __u16 b)
 	return bpf_map_lookup_elem(&pairs, &k);
 }
 
+static __always_inline enum gateway_mode mode_of(const struct network *net, const bool v6)
+{
+	return v6 ? net->mode6 : net->mode4;
+}
+
+/* Whether the network of the slot may be dialled by a device; 0: by any. */
+static __always_inline bool trusts(__u32 slot, __u32 ifindex)
+{
+	struct trusted_key k = { .ifindex = ifindex, .net = slot };
+
+	return bpf_map_lookup_elem(&trusted, &k);
+}
+
+static __always_inline bool mark_accepted(const struct config *cfg, __u32 mark)
+{
+	return cfg->accept_mask && (mark & cfg->accept_mask) == cfg->accept_mark;
+}
+
+#define ANY_DEVICE 0 /* by whichever trusted one it came: an open flow is judged again */
+
+/*
+ * Whether the network of slot net lets in a flow from beyond it, to a container's own address. s->open
+ * names whom; the flow came by a device and had a mark. The published port's slot (0: none), or -1.
+ */
+static __always_inline int lets_in_of(struct scratch *s, __u32 slot, __u32 ifindex, __u32 mark,
+				      const bool v6)
+{
+	const struct network *net = network_get(slot);
+	const struct config *cfg = config_get();
+	__u32 *found;
+
+	if (!net || !cfg || net->flags & NETWORK_INTERNAL)
+		return -1;
+	if (mode_of(net, v6) == GATEWAY_NAT_UNPROTECTED || mark_accepted(cfg, mark))
+		return 0;
+	if (mode_of(net, v6) == GATEWAY_ROUTED) {
+		if (s->open.proto == (v6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP))
+			return 0;
+	} else if (!(cfg->flags & CONFIG_DIRECT_ROUTING) && !trusts(slot, ifindex)) {
+		return -1;
+	}
+	__builtin_memset(&s->open.saddr, 0, sizeof(s->open.saddr));
+	found = bpf_map_lookup_elem(&open_ports, &s->open);
+	return found ? *found & 0xffff : -1;
+}
+
+__noinline int lets_in4(__u32 slot, __u32 ifindex, __u32 mark)
+{
+	struct scratch *s = scratch_get();
+
+	return s ? lets_in_of(s, slot, ifindex, mark, false) : -1;
+}
+
+__noinline int lets_in6(__u32 slot, __u32 ifindex, __u32 mark)
+{
+	struct scratch *s = scratch_get();
+
+	return s ? lets_in_of(s, slot, ifindex, mark, true) : -1;
+}
+
+static __always_inline int lets_in(__u32 slot, __u32 ifindex, __u32 mark, const bool v6)
+{
+	return v6 ? lets_in6(slot, ifindex, mark) : lets_in4(slot, ifindex, mark);
+}
+
+/* Puts into s->open whom the packet dials; back: whom the sender of its answer dialled. */
+static __always_inline void open_of(struct scratch *s, bool back)
+{
+	const struct packet *p = &s->packet;
+	struct open_key *k = &s->open;
+
+	k->saddr = back ? p->daddr : p->saddr;
+	k->daddr = back ? p->saddr : p->daddr;
+	k->port = back ? p->sport : p->dport;
+	k->proto = p->proto;
+	k->pad = 0;
+}
+
+/*
+ * Whether a link opens what s->packet does, where containers are kept apart: it dials a linked port, or
+ * comes from one.
+ */
+static __always_inline bool link_opens(struct scratch *s)
+{
+	open_of(s, false);
+	if (bpf_map_lookup_elem(&open_ports, &s->open))
+		return true;
+	open_of(s, true);
+	return bpf_map_lookup_elem(&open_ports, &s->open);
+}
+
+__noinline int linked(void)
+{
+	struct scratch *s = scratch_get();
+
+	return s && link_opens(s);
+}
+
 static __always_inline __u8 port_bit(__u8 proto)
 {
 	switch (proto) {
@@ -326,6 +424,25 @@ static __always_inline int plan_from_gateway(struct plan *n, const struct networ
 	return 0;
 }
 
+/* A flow from the world into a container of the network, dialled as addr. 0 or -REASON. */
+static __always_inline int plan_from_world(struct __sk_buff *skb, struct scratch *s, __u32 slot,
+					   const struct endpoint *target, const struct network *net,
+					   const bool v6)
+{
+	struct plan *n = &s->plan;
+
+	plan_to_container(n, slot, target, net->mac);
+	n->flags |= FLOW_ROUTED;
+	n->reverse_hook = HOOK_CONTAINER;
+	n->reverse_flags |= FLOW_ROUTED;
+	s->route.from = s->packet.daddr;
+	s->route.to = s->packet.saddr;
+	s->route.bridge = net->ifindex;
+	s->route.want_source = false;
+	s->route.reverse = true;
+	return route(skb, v6) == ROUTE_OK ? 0 : -REASON_NO_ROUTE;
+}
+
 /*
  * A flow to a published port. ep and slot are the sender's where it is a container. 0 or -REASON.
  */
@@ -339,6 +456,8 @@ static __always_inline int plan_published(struct __sk_buff *skb, struct scratch 
 	struct endpoint *target = endpoint_get(target_slot);
 	struct network *net, *own;
 
+	if (!target_slot)
+		return -REASON_NOT_PUBLISHED;
 	if (!target || !(target->flags & ENDPOINT_READY))
 		return -REASON_PORT_NOT_READY;
 	net = network_get(target->net);
@@ -372,18 +491,46 @@ static __always_inline int plan_published(struct __sk_buff *skb, struct scratch 
 		if (addr_is_loopback(&p->saddr, v6))
 			return plan_from_gateway(n, net, v6);
 	} else {
-		n->flags |= FLOW_ROUTED;
-		n->reverse_hook = HOOK_CONTAINER;
-		n->reverse_flags |= FLOW_ROUTED;
-		s->route.from = p->daddr;
-		s->route.to = p->saddr;
-		s->route.bridge = net->ifindex;
-		s->route.want_source = false;
-		s->route.reverse = true;
-		if (route(skb, v6) != ROUTE_OK)
-			return -REASON_NO_ROUTE;
+		return plan_from_world(skb, s, target_slot, target, net, v6);
 	}
 	return 0;
+}
+
+/*
+ * A flow from the world to a container's own address. 0 or -REASON; -REASON_DIRECT_ACCESS: its network
+ * does not let it in.
+ */
+static __always_inline int plan_direct(struct __sk_buff *skb, struct scratch *s, __u32 ifindex,
+				       const bool v6)
+{
+	const struct packet *p = &s->packet;
+	__u32 slot = endpoint_by_addr(&p->daddr);
+	struct endpoint *target = endpoint_get(slot);
+	struct network *net;
+	int port;
+
+	if (!target)
+		return -REASON_DIRECT_ACCESS;
+	net = network_get(target->net);
+	if (!net)
+		return -REASON_DIRECT_ACCESS;
+	open_of(s, false);
+	port = lets_in(target->net, ifindex, skb->mark, v6);
+	if (port < 0)
+		return -REASON_DIRECT_ACCESS;
+	if (!(target->flags & ENDPOINT_READY))
+		return -REASON_NOT_READY;
+	if (addr_is_loopback(&p->saddr, v6) || addr_is_this_network(&p->saddr, v6))
+		return -REASON_LOOPBACK_ADDRESS;
+	if (bpf_map_lookup_elem(&host_addrs, &p->saddr) || subnet_of(&p->saddr))
+		return -REASON_MARTIAN;
+	if (p->flags & PACKET_PORTS_LOST)
+		return -REASON_FRAGMENT_NOT_FOUND;
+	if (p->flags & PACKET_ICMP_ERROR || p->tcp_flags & TCP_RST)
+		return -REASON_NO_FLOW;
+	plan_start(&s->plan, p);
+	s->plan.port = port;
+	return plan_from_world(skb, s, slot, target, net, v6);
 }
 
 /*
@@ -414,16 +561,24 @@ static __always_inline int plan_between(struct scratch *s, __u32 slot, const str
 	return 0;
 }
 
-/* Whether two containers' networks let them talk by their own addresses. 0 or -REASON. */
-static __always_inline int check_isolation(const struct endpoint *a, const struct network *net_a,
-					   const struct endpoint *b)
+/*
+ * Whether container a may open a flow to container b by their own addresses: that of s->packet, or,
+ * with back, the one that s->packet answers in. 0 or -REASON.
+ */
+static __always_inline int check_isolation(struct scratch *s, const struct endpoint *a,
+					   const struct endpoint *b, bool back, const bool v6)
 {
-	struct network *net_b;
+	struct network *net_a = network_get(a->net), *net_b = network_get(b->net);
 
+	if (!net_a || !net_b)
+		return -REASON_NOT_READY;
 	if (a->net == b->net)
-		return net_a->flags & NETWORK_NO_ICC && a != b ? -REASON_ICC_DISABLED : 0;
-	net_b = network_get(b->net);
-	if (!net_b || (net_a->flags | net_b->flags) & NETWORK_INTERNAL)
+		return net_a->flags & NETWORK_NO_ICC && a != b && !linked() ? -REASON_ICC_DISABLED :
+									      0;
+	if ((net_a->flags | net_b->flags) & NETWORK_INTERNAL)
 		return -REASON_INTERNAL;
-	return may_talk(a->net, b->net) ? 0 : -REASON_ISOLATED;
+	if (may_talk(a->net, b->net))
+		return 0;
+	open_of(s, back);
+	return lets_in(b->net, net_a->ifindex, 0, v6) < 0 ? -REASON_ISOLATED : 0;
 }

@@ -48,6 +48,7 @@ enum reason {
 	REASON_UNSUPPORTED, /* e.g. SCTP port change */
 	REASON_NO_ROUTE, /* no way back to the client */
 	REASON_NO_MEMORY, /* the kernel refused room for the packet's new header */
+	REASON_NOT_PUBLISHED, /* the engine holds the host's port, but it leads nowhere there */
 	REASON_COUNT,
 };
 
@@ -83,6 +84,14 @@ enum network_flags {
 	NETWORK_INTERNAL = 4,
 } __attribute__((packed));
 
+/* How containers are reached from beyond their network, for one family. */
+enum gateway_mode {
+	GATEWAY_NAT, /* by published ports on the host's addresses */
+	GATEWAY_NAT_UNPROTECTED, /* and by any port of their own addresses */
+	GATEWAY_ROUTED, /* by published ports of their own addresses, and ICMP; never masqueraded */
+	GATEWAY_ISOLATED, /* not even by the host */
+} __attribute__((packed));
+
 /* One interface of one sandbox. Slot 0 stands for "none". */
 struct endpoint {
 	__u32 ifindex; /* of the host-side veth; 0: the slot is free */
@@ -100,17 +109,39 @@ struct network {
 	__u32 ifindex; /* of the bridge; 0: the slot is free */
 	__u8 mac[6]; /* of the bridge */
 	enum network_flags flags;
-	__u8 pad;
+	enum gateway_mode mode4;
 	__u16 mtu; /* bytes, of the bridge */
-	__u8 pad2[2];
+	enum gateway_mode mode6;
+	__u8 pad;
 	__be32 gateway4; /* 0: none */
 	struct addr gateway6; /* zero: none */
+	struct addr source6; /* to masquerade with; zero: the route's */
+	__be32 source4; /* the same; 0: the route's */
 };
 
 /* A pair of networks that may talk; a < b. */
 struct pair {
 	__u16 a;
 	__u16 b;
+};
+
+/*
+ * A container's port that may be dialled by its own address: by one other where the network keeps
+ * containers apart (links), or by anyone as far as network, device and mark allow it. The value is the
+ * published port's slot, 0: none.
+ */
+struct open_key {
+	struct addr saddr; /* zero: anyone */
+	struct addr daddr;
+	__be16 port;
+	__u8 proto;
+	__u8 pad;
+};
+
+/* A device by which a network's containers may be dialled. */
+struct trusted_key {
+	__u32 ifindex; /* 0: there is one */
+	__u32 net; /* slot */
 };
 
 /* LPM key: a container subnet, of either family (IPv4 prefixes are 96 + n long). */
@@ -147,7 +178,7 @@ struct port_key {
 struct port {
 	struct addr addr; /* of the container */
 	__be16 port;
-	__u16 endpoint; /* slot */
+	__u16 endpoint; /* slot; 0: the port leads nowhere */
 	__u16 slot; /* of its counters */
 	__u16 pad;
 };
@@ -195,6 +226,7 @@ struct port_range {
 enum config_flags {
 	CONFIG_DROP_TRANSIT4 = 1, /* IPv4 forwarding is on only for us */
 	CONFIG_DROP_TRANSIT6 = 2,
+	CONFIG_DIRECT_ROUTING = 4, /* published ports are open by containers' own addresses */
 };
 
 /* Ticks of 2^30 ns (1.07 s). */
@@ -218,6 +250,8 @@ struct config {
 	__u32 hash_seed;
 	__u32 reservation_wait; /* ticks that an engine's bare reservation is protected */
 	struct timeouts timeouts;
+	__u32 accept_mark; /* of packets that reach any port */
+	__u32 accept_mask; /* 0: there are none */
 };
 
 /* How a packet looks at its hook: the key of a flow entry. */
@@ -354,7 +388,8 @@ struct sock_peer {
 #define ASSERT_SIZE(type, n) _Static_assert(sizeof(struct type) == (n), #type)
 ASSERT_SIZE(addr, 16);
 ASSERT_SIZE(endpoint, 40);
-ASSERT_SIZE(network, 36);
+ASSERT_SIZE(network, 56);
+ASSERT_SIZE(open_key, 36);
 ASSERT_SIZE(port_key, 20);
 ASSERT_SIZE(port, 24);
 ASSERT_SIZE(flow4_key, 16);

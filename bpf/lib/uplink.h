@@ -9,6 +9,20 @@
 #include "forward.h"
 #include "fragment.h"
 
+__noinline int uplink_direct4(struct __sk_buff *skb)
+{
+	struct scratch *s = scratch_get();
+
+	return s ? plan_direct(skb, s, skb->ifindex, false) : -REASON_DIRECT_ACCESS;
+}
+
+__noinline int uplink_direct6(struct __sk_buff *skb)
+{
+	struct scratch *s = scratch_get();
+
+	return s ? plan_direct(skb, s, skb->ifindex, true) : -REASON_DIRECT_ACCESS;
+}
+
 /* What found no flow. A verdict. */
 static __always_inline int uplink_slow(struct __sk_buff *skb, struct scratch *s, const bool v6)
 {
@@ -25,10 +39,16 @@ static __always_inline int uplink_slow(struct __sk_buff *skb, struct scratch *s,
 	    quoted_flow(s, p->hook, v6))
 		return VERDICT_ERROR;
 	if (!is_host_addr(&p->daddr, v6)) {
-		/* A container's address, its gateway apart, is nobody's business outside. */
-		if (p->hook == HOOK_UPLINK && subnet_of(&p->daddr))
-			return drop(skb, p->hook, REASON_DIRECT_ACCESS);
-		return PASS;
+		if (p->hook != HOOK_UPLINK || !subnet_of(&p->daddr))
+			return PASS;
+		/* A container's address is nobody's business outside, unless its network says so. */
+		err = v6 ? uplink_direct6(skb) : uplink_direct4(skb);
+		if (!err)
+			return VERDICT_OPEN;
+		/* Netfilter may put the mark on it: to_container has the last word. */
+		if (err == -REASON_DIRECT_ACCESS && cfg->accept_mask)
+			return let_go(skb, p->hook, FATE_STACK, PASS);
+		return drop(skb, p->hook, -err);
 	}
 	/* A client on the link itself is the host's to answer: a container has no way back to it. */
 	if (p->flags & (PACKET_ICMP_ERROR | PACKET_PORTS_LOST) || addr_is_link_local(&p->saddr, v6))

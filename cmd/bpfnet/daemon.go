@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -23,6 +24,8 @@ func (a *App) daemonCommand() *cobra.Command {
 		timeouts []string
 		subnets  []string
 		logLevel string
+		bridgeIP string
+		mark     string
 	)
 	cmd := &cobra.Command{
 		Use:   "daemon",
@@ -45,6 +48,12 @@ Stopping the daemon leaves the network running; "bpfnet cleanup" removes it.`,
 				return err
 			}
 			if cfg.DefaultSubnets, err = parseDefaultSubnets(subnets); err != nil {
+				return err
+			}
+			if cfg.DefaultBridgeIP, err = parseBridgeIP(bridgeIP); err != nil {
+				return err
+			}
+			if cfg.AcceptMark, cfg.AcceptMask, err = parseMark(mark); err != nil {
 				return err
 			}
 			level, err := parseLogLevel(logLevel)
@@ -76,6 +85,9 @@ Stopping the daemon leaves the network running; "bpfnet cleanup" removes it.`,
 	flags.BoolVar(&cfg.IPForwardNoDrop, "ip-forward-no-drop", false, "let transit between foreign devices pass where the daemon turned forwarding on")
 	flags.BoolVar(&cfg.DefaultBridgeNoMasquerade, "default-bridge-no-masquerade", false, "keep container addresses of Docker's network \"bridge\" on the way out")
 	flags.BoolVar(&cfg.DefaultBridgeNoICC, "default-bridge-no-icc", false, "forbid traffic between the containers of Docker's network \"bridge\"")
+	flags.StringVar(&bridgeIP, "default-bridge-ip", "", "host `address` of ports that are published without one on Docker's network \"bridge\" (default: all)")
+	flags.BoolVar(&cfg.AllowDirectRouting, "allow-direct-routing", false, "let everybody dial published ports by the containers' own addresses")
+	flags.StringVar(&mark, "bridge-accept-fwmark", "", "let packets with this `mark` (MARK or MARK/MASK) reach every port of every container")
 	flags.StringArrayVar(&subnets, "default-subnet", nil, "`subnet` of bpfnet's own default network, at most one a family (default: one of the pools, and a generated IPv6 one)")
 	flags.StringVar(&logLevel, "log-level", "info", "`level` of the log on standard error: debug, info, warn or error")
 	return cmd
@@ -99,6 +111,42 @@ func parseDefaultSubnets(list []string) ([]netip.Prefix, error) {
 		out = append(out, p)
 	}
 	return out, nil
+}
+
+func parseBridgeIP(s string) (netip.Addr, error) {
+	if s == "" {
+		return netip.Addr{}, nil
+	}
+	a, err := netip.ParseAddr(s)
+	if err != nil || a.Zone() != "" {
+		return a, usagef("--default-bridge-ip %q: want an address of this host, like 192.0.2.1", s)
+	}
+	if a = a.Unmap(); a == netip.IPv4Unspecified() {
+		return netip.Addr{}, nil
+	}
+	return a, nil
+}
+
+// parseMark reads MARK or MARK/MASK, in any base that C knows.
+func parseMark(s string) (mark, mask uint32, err error) {
+	if s == "" {
+		return 0, 0, nil
+	}
+	text, maskText, given := strings.Cut(s, "/")
+	m, err := strconv.ParseUint(text, 0, 32)
+	all := uint64(0xffffffff)
+	if err == nil && given {
+		all, err = strconv.ParseUint(maskText, 0, 32)
+	}
+	switch {
+	case err != nil:
+		return 0, 0, usagef("--bridge-accept-fwmark %q: want MARK or MARK/MASK, like 0x1 or 0x100/0xff00", s)
+	case m == 0:
+		return 0, 0, usagef("--bridge-accept-fwmark %q: 0 is the mark of every packet that nobody has marked; choose another", s)
+	case m&^all != 0:
+		return 0, 0, usagef("--bridge-accept-fwmark %q: the mark has bits that the mask has not, so no packet would match", s)
+	}
+	return uint32(m), uint32(all), nil
 }
 
 // checkDaemon refuses what cannot be meant.

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -28,6 +29,7 @@ type Status struct {
 	Containers  int              `json:"containers"`      // endpoints: one container in one network
 	Ports       int              `json:"ports"`           // published
 	NotReady    []NotReady       `json:"not_ready"`       // endpoints that nothing reaches yet
+	Problems    []api.Problem    `json:"problems"`        // settings that are not served as asked for
 	Allowed     []api.Pair       `json:"allowed"`         // networks that may talk
 	Sources     []api.Source     `json:"sources"`         // as of the last write of the daemon
 	Attachments []api.Attachment `json:"attachments"`     // likewise
@@ -90,7 +92,7 @@ func (a *App) readStatus(ctx context.Context) (*Status, error) {
 	s := &Status{
 		Time: a.Now(), Attach: snap.Attach,
 		Networks: len(snap.Networks), Containers: len(snap.Endpoints), Ports: len(snap.Ports),
-		NotReady: []NotReady{}, Allowed: notNil(snap.Allowed), Sources: notNil(snap.Sources), Attachments: notNil(snap.Attachments),
+		NotReady: []NotReady{}, Problems: notNil(snap.Problems), Allowed: notNil(snap.Allowed), Sources: notNil(snap.Sources), Attachments: notNil(snap.Attachments),
 		Daemon: DaemonStatus{Version: snap.Version, PID: snap.PID, Started: snap.Started, Written: snap.Written},
 	}
 	a.askDaemon(ctx, &s.Daemon)
@@ -193,7 +195,10 @@ func (a *App) printStatus(s *Status) error {
 		fmt.Fprintf(a.Stdout, "%-*s   %s\n", width+1, l[0]+":", l[1])
 	}
 
-	var notReady, attachments, fill [][]string
+	var notReady, problems, attachments, fill [][]string
+	for _, p := range s.Problems {
+		problems = append(problems, []string{p.Setting, cmp.Or(p.Network, "-"), p.Problem + "; " + p.Instead})
+	}
 	for _, n := range s.NotReady {
 		notReady = append(notReady, []string{n.Container, n.Network, n.Why})
 	}
@@ -208,6 +213,7 @@ func (a *App) printStatus(s *Status) error {
 		rows   [][]string
 	}{
 		{[]string{"NOT READY", "NETWORK", "WHY"}, notReady},
+		{[]string{"PROBLEM WITH", "NETWORK", "WHAT"}, problems},
 		{[]string{"DEVICE", "HOOK", "PROGRAM"}, attachments},
 		{[]string{"MAP", "ENTRIES", "ROOM", "FILL"}, fill},
 	} {

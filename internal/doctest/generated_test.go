@@ -63,6 +63,7 @@ var advice = map[string]string{
 	"too_big":            "Larger than the way ahead allows and without the don't-fragment bit. Lower the container network's MTU (`com.docker.network.driver.mtu`).",
 	"unsupported":        "SCTP to a published port whose number in the container differs. Publish it under its own number.",
 	"no_route":           "The host has no route back to the client, or, for a container's packet, no route or no address to masquerade with: it is not sent untranslated. See the host's routes and the uplinks' addresses (`bpfnet status`).",
+	"not_published":      "The Engine holds the port, but its network is routed (dial the container's own address), or `--default-bridge-ip` publishes it on another of the host's addresses.",
 	"no_memory":          "The kernel could not make room for a packet's new header: memory pressure.",
 }
 
@@ -140,6 +141,8 @@ var purpose = map[string]struct{ owner, text string }{
 	"ports":            {"daemon", "published ports"},
 	"pairs":            {"daemon", "pairs of networks that may talk, lower slot first"},
 	"host_addrs":       {"daemon", "addresses that the host answers to, loopback apart"},
+	"open_ports":       {"daemon", "containers' ports that may be dialled by the containers' own addresses: routed networks, trusted interfaces, direct routing, links"},
+	"trusted":          {"daemon", "devices by which a network's containers may be dialled"},
 	"subnets":          {"daemon", "container subnets, for packets to addresses that nobody has"},
 	"allowed_sources":  {"daemon", "more sources that an endpoint may send from (label `bpfnet.allowed_addresses`)"},
 	"masquerade_addrs": {"daemon", "the address to masquerade with by uplink, for kernels whose route lookup does not tell"},

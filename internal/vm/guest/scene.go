@@ -218,8 +218,8 @@ func (s *scene) apply() (maps.Result, error) {
 		in.Attached[l.Ifindex] = true
 	}
 	tables, slots := policy.Compile(in, s.slots)
-	if len(tables.Waiting) > 0 || len(tables.Conflicts) > 0 {
-		return maps.Result{}, fmt.Errorf("waiting %v, conflicts %v", tables.Waiting, tables.Conflicts)
+	if len(tables.Waiting) > 0 || len(tables.Problems) > 0 {
+		return maps.Result{}, fmt.Errorf("waiting %v, problems %v", tables.Waiting, tables.Problems)
 	}
 	s.slots = slots
 	cookie, err := netdev.NetnsCookie()
