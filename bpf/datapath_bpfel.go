@@ -43,13 +43,16 @@ type DatapathConfig struct {
 		Icmp           uint32
 		Other          uint32
 	}
+	AcceptMark uint32
+	AcceptMask uint32
 }
 
 type DatapathConfigFlags uint32
 
 const (
-	DatapathConfigFlagsCONFIG_DROP_TRANSIT4 DatapathConfigFlags = 1
-	DatapathConfigFlagsCONFIG_DROP_TRANSIT6 DatapathConfigFlags = 2
+	DatapathConfigFlagsCONFIG_DROP_TRANSIT4  DatapathConfigFlags = 1
+	DatapathConfigFlagsCONFIG_DROP_TRANSIT6  DatapathConfigFlags = 2
+	DatapathConfigFlagsCONFIG_DIRECT_ROUTING DatapathConfigFlags = 4
 )
 
 type DatapathCount struct {
@@ -208,6 +211,15 @@ type DatapathFragKey struct {
 	Pad     [3]uint8
 }
 
+type DatapathGatewayMode uint8
+
+const (
+	DatapathGatewayModeGATEWAY_NAT             DatapathGatewayMode = 0
+	DatapathGatewayModeGATEWAY_NAT_UNPROTECTED DatapathGatewayMode = 1
+	DatapathGatewayModeGATEWAY_ROUTED          DatapathGatewayMode = 2
+	DatapathGatewayModeGATEWAY_ISOLATED        DatapathGatewayMode = 3
+)
+
 type DatapathGc struct {
 	_     structs.HostLayout
 	Timer struct {
@@ -248,11 +260,14 @@ type DatapathNetwork struct {
 	Ifindex  uint32
 	Mac      [6]uint8
 	Flags    DatapathNetworkFlags
-	Pad      uint8
+	Mode4    DatapathGatewayMode
 	Mtu      uint16
-	Pad2     [2]uint8
+	Mode6    DatapathGatewayMode
+	Pad      uint8
 	Gateway4 uint32
 	Gateway6 DatapathAddr
+	Source6  DatapathAddr
+	Source4  uint32
 }
 
 type DatapathNetworkFlags uint8
@@ -262,6 +277,15 @@ const (
 	DatapathNetworkFlagsNETWORK_MASQUERADE DatapathNetworkFlags = 2
 	DatapathNetworkFlagsNETWORK_INTERNAL   DatapathNetworkFlags = 4
 )
+
+type DatapathOpenKey struct {
+	_     structs.HostLayout
+	Saddr DatapathAddr
+	Daddr DatapathAddr
+	Port  uint16
+	Proto uint8
+	Pad   uint8
+}
 
 type DatapathPair struct {
 	_ structs.HostLayout
@@ -343,7 +367,8 @@ const (
 	DatapathReasonREASON_UNSUPPORTED        DatapathReason = 21
 	DatapathReasonREASON_NO_ROUTE           DatapathReason = 22
 	DatapathReasonREASON_NO_MEMORY          DatapathReason = 23
-	DatapathReasonREASON_COUNT              DatapathReason = 24
+	DatapathReasonREASON_NOT_PUBLISHED      DatapathReason = 24
+	DatapathReasonREASON_COUNT              DatapathReason = 25
 )
 
 type DatapathReservation struct {
@@ -459,12 +484,14 @@ type DatapathScratch struct {
 		Saddr DatapathAddr
 		Daddr DatapathAddr
 	}
+	Open     DatapathOpenKey
 	Key4     DatapathFlow4Key
 	Forward4 DatapathFlow4Key
 	Key6     DatapathFlow6Key
 	Forward6 DatapathFlow6Key
 	Partner4 DatapathFlow4Key
 	Partner6 DatapathFlow6Key
+	_        [4]byte
 	Flow4    DatapathFlow4
 	Flow6    DatapathFlow6
 }
@@ -498,6 +525,12 @@ type DatapathSubnetKey struct {
 	Addr      DatapathAddr
 }
 
+type DatapathTrustedKey struct {
+	_       structs.HostLayout
+	Ifindex uint32
+	Net     uint32
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -518,6 +551,7 @@ const (
 	DatapathMapLinks           = "links"
 	DatapathMapMasqueradeAddrs = "masquerade_addrs"
 	DatapathMapNetworkSlots    = "network_slots"
+	DatapathMapOpenPorts       = "open_ports"
 	DatapathMapPairs           = "pairs"
 	DatapathMapPortClass       = "port_class"
 	DatapathMapPortSlots       = "port_slots"
@@ -528,6 +562,7 @@ const (
 	DatapathMapSnatStats       = "snat_stats"
 	DatapathMapSockPeers       = "sock_peers"
 	DatapathMapSubnets         = "subnets"
+	DatapathMapTrusted         = "trusted"
 	DatapathProgExpire         = "expire"
 	DatapathProgFromBridge     = "from_bridge"
 	DatapathProgFromContainer  = "from_container"
@@ -616,6 +651,7 @@ type DatapathMapSpecs struct {
 	Links           *ebpf.MapSpec `ebpf:"links"`
 	MasqueradeAddrs *ebpf.MapSpec `ebpf:"masquerade_addrs"`
 	NetworkSlots    *ebpf.MapSpec `ebpf:"network_slots"`
+	OpenPorts       *ebpf.MapSpec `ebpf:"open_ports"`
 	Pairs           *ebpf.MapSpec `ebpf:"pairs"`
 	PortClass       *ebpf.MapSpec `ebpf:"port_class"`
 	PortSlots       *ebpf.MapSpec `ebpf:"port_slots"`
@@ -626,6 +662,7 @@ type DatapathMapSpecs struct {
 	SnatStats       *ebpf.MapSpec `ebpf:"snat_stats"`
 	SockPeers       *ebpf.MapSpec `ebpf:"sock_peers"`
 	Subnets         *ebpf.MapSpec `ebpf:"subnets"`
+	Trusted         *ebpf.MapSpec `ebpf:"trusted"`
 }
 
 // DatapathVariableSpecs contains global variables before they are loaded into the kernel.
@@ -670,6 +707,7 @@ type DatapathMaps struct {
 	Links           *ebpf.Map `ebpf:"links"`
 	MasqueradeAddrs *ebpf.Map `ebpf:"masquerade_addrs"`
 	NetworkSlots    *ebpf.Map `ebpf:"network_slots"`
+	OpenPorts       *ebpf.Map `ebpf:"open_ports"`
 	Pairs           *ebpf.Map `ebpf:"pairs"`
 	PortClass       *ebpf.Map `ebpf:"port_class"`
 	PortSlots       *ebpf.Map `ebpf:"port_slots"`
@@ -680,6 +718,7 @@ type DatapathMaps struct {
 	SnatStats       *ebpf.Map `ebpf:"snat_stats"`
 	SockPeers       *ebpf.Map `ebpf:"sock_peers"`
 	Subnets         *ebpf.Map `ebpf:"subnets"`
+	Trusted         *ebpf.Map `ebpf:"trusted"`
 }
 
 func (m *DatapathMaps) Close() error {
@@ -700,6 +739,7 @@ func (m *DatapathMaps) Close() error {
 		m.Links,
 		m.MasqueradeAddrs,
 		m.NetworkSlots,
+		m.OpenPorts,
 		m.Pairs,
 		m.PortClass,
 		m.PortSlots,
@@ -710,6 +750,7 @@ func (m *DatapathMaps) Close() error {
 		m.SnatStats,
 		m.SockPeers,
 		m.Subnets,
+		m.Trusted,
 	)
 }
 
