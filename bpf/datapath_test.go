@@ -860,8 +860,16 @@ func TestFragments(t *testing.T) {
 			}
 			back := whole(at(f.client2, 53), at(f.host, port), fromOutside)
 			h.expect("a later one of the answer first", actPass, "", func() result { return h.uplink(back[2]) })
+			h.expect("and another", actPass, "", func() result { return h.uplink(back[1]) })
 			for i, want := range whole(at(f.client2, 53), at(a, 40000), routedTo(alice), packet.TTL(63)) {
-				r := h.expect("back", actRedirect, published, func() result { return h.uplink(back[i]) })
+				before := h.counters()
+				r := h.uplink(back[i])
+				moved := counters{published: 1}
+				if i == 0 { // now it is known whose they were
+					moved[dropped(noFragment, "uplink")] = 2
+				}
+				require.Equal(t, moved, h.counters().since(before))
+				require.EqualValues(t, actRedirect, r.action)
 				same(t, "back", want, r.out)
 			}
 			h.drops("a neighbour's fragment of that identification", noFragment, "container", func() result {
@@ -905,8 +913,14 @@ func TestFragments(t *testing.T) {
 				return h.from(alice, packet.UDP(at(a, 1), at(f.client2, 2), toGateway(alice), packet.DontFragment(), big))
 			})
 			if !f.v6 {
-				h.drops("too big, not to be fragmented here", tooBig, "container", func() result {
+				r := h.expect("too big, and may be fragmented: the stack's answer has the sender do that", actPass, toStack, func() result {
 					return h.from(alice, packet.UDP(at(a, 1), at(f.client2, 2), toGateway(alice), big))
+				})
+				same(t, "with the don't-fragment bit", packet.UDP(at(a, 1), at(f.client2, 2), toGateway(alice), packet.DontFragment(), big), r.out)
+				large := packet.Fragment(packet.UDP(at(a, 1), at(f.client2, 2), toGateway(alice), packet.Payload(make([]byte, 3*uplinkMTU))), 1480, 9)
+				h.expect("a first fragment", actPass, toStack, func() result { return h.from(alice, large[0]) })
+				h.drops("a later one, about which nobody may say anything (RFC 1122 3.2.2)", tooBig, "container", func() result {
+					return h.from(alice, large[1])
 				})
 			}
 			r := h.run("from_container", packet.TCP(at(a, 3), at(f.client2, 2), toGateway(alice), big), skb{
@@ -1093,6 +1107,9 @@ func TestFlowLife(t *testing.T) {
 			{"established, expired", func() { established(); h.age(timeoutUp + 1) }, true},
 			{"reset by the server", func() { send(alice, a, "S"); answer("RA") }, true},
 			{"reset by the container", func() { established(); send(alice, a, "R") }, true},
+			{"reset from outside, just now", func() { established(); answer("R") }, false},
+			{"reset from outside, and quiet since", func() { established(); answer("R"); h.age(2) }, true},
+			{"reset from outside, and goes on", func() { established(); answer("R"); answer("A"); h.age(2) }, false},
 			{"closed first by the container", func() {
 				established()
 				send(alice, a, "FA")
@@ -1138,7 +1155,10 @@ func TestFlowLife(t *testing.T) {
 				{"established", established, timeoutUp},
 				{"half closed", func() { established(); send(alice, a, "FA"); answer("A") }, timeoutFin},
 				{"closed", func() { established(); send(alice, a, "FA"); answer("FA") }, timeout},
-				{"reset", func() { established(); answer("R") }, timeout},
+				{"refused", func() { send(alice, a, "S"); answer("RA") }, timeout},
+				{"reset by the container", func() { established(); send(alice, a, "R") }, timeout},
+				{"reset from outside (RFC 7857 2.2: four minutes)", func() { established(); answer("R") }, timeoutFin},
+				{"reset from outside, as nobody meant", func() { established(); answer("R"); answer("A") }, timeoutUp},
 				{"UDP", func() { h.from(alice, packet.UDP(at(a, 1), server, toGateway(alice))) }, timeout},
 				{"echo", func() { h.from(alice, packet.ICMPEcho(a, server.Addr(), 1, 1, toGateway(alice))) }, timeout},
 				{"to the host", func() { h.from(alice, packet.UDP(at(a, 1), at(f.host, 53), toGateway(alice))) }, timeout},

@@ -273,6 +273,15 @@ static __always_inline __u32 table_pressure(const struct config *cfg, const bool
 	return 0;
 }
 
+/*
+ * Whether f's reset is beyond doubt; g is the other direction. One from a container is its own, and
+ * one that is all that was ever answered refuses. Any other may be forged (RFC 7857 2.2).
+ */
+static __always_inline bool flow_reset_by(const struct flow *f, const struct flow *g)
+{
+	return f->tcp_flags & TCP_RST && (flow_out(g) != HOOK_UPLINK || f->packets <= 1);
+}
+
 /* Ticks that a flow may rest; f is one direction, g the other or NULL. */
 static __always_inline __u32 flow_timeout(const struct timeouts *t, __u8 proto,
 					  const struct flow *f, const struct flow *g)
@@ -281,7 +290,8 @@ static __always_inline __u32 flow_timeout(const struct timeouts *t, __u8 proto,
 
 	if (proto == IPPROTO_TCP) {
 		if (both & TCP_RST)
-			return t->tcp_closed;
+			return !g || flow_reset_by(f, g) || flow_reset_by(g, f) ? t->tcp_closed :
+										  t->tcp_fin;
 		if (!flow_out(f)) /* one-sided: re-made by the next packet */
 			return both & TCP_FIN ? t->tcp_closed : t->udp;
 		if (!g || !g->packets || !f->packets)
@@ -322,11 +332,15 @@ static __always_inline bool flow_reusable(const struct config *cfg, __u8 proto,
 		return true;
 	if (proto != IPPROTO_TCP || !g)
 		return false;
-	if ((f->tcp_flags | g->tcp_flags) & TCP_RST)
+	if (flow_reset_by(f, g) || flow_reset_by(g, f))
 		return true;
-	if (!(f->tcp_flags & g->tcp_flags & TCP_FIN) || !(g->flags & FLOW_CLOSED_FIRST))
+	if (!((f->tcp_flags | g->tcp_flags) & TCP_RST) &&
+	    (!(f->tcp_flags & g->tcp_flags & TCP_FIN) || !(g->flags & FLOW_CLOSED_FIRST)))
 		return false;
-	/* Quiet for a second at least: the last ACK must be there before another's SYN. */
+	/*
+	 * Quiet for a second at least: the last ACK must be there before another's SYN, and who was
+	 * not reset at all has had time to go on.
+	 */
 	return (__s32)(now - f->last_seen) >= 2 && (__s32)(now - g->last_seen) >= 2;
 }
 
@@ -385,14 +399,18 @@ static __always_inline void flow_forget(const struct packet *p, __u8 hook, const
 static __always_inline void flow_touch(struct __sk_buff *skb, const struct packet *p,
 				       struct flow *f)
 {
+	__u8 sent = f->tcp_flags | p->tcp_flags;
 	__u32 now = ticks();
 
 	f->packets++;
 	f->bytes += skb->len;
 	if (f->last_seen != now)
 		f->last_seen = now;
-	if ((f->tcp_flags | p->tcp_flags) != f->tcp_flags)
-		f->tcp_flags |= p->tcp_flags;
+	/* Who goes on has not reset: somebody forged it (RFC 7857 2.2). */
+	if (f->tcp_flags & TCP_RST)
+		sent = (f->tcp_flags & ~TCP_RST) | p->tcp_flags;
+	if (sent != f->tcp_flags)
+		f->tcp_flags = sent;
 }
 
 /*

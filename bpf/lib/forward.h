@@ -82,6 +82,27 @@ static __always_inline int write_ethernet(struct __sk_buff *skb, const struct pa
 }
 
 /*
+ * Sets the don't-fragment bit of a packet that is too big and goes to the stack: its answer, which
+ * would not come otherwise, has the sender make smaller ones (as RFC 1191 has it). 0 or negative.
+ */
+__noinline int forbid_fragments(struct __sk_buff *skb)
+{
+	struct scratch *s = scratch_get();
+	struct iphdr *ip;
+	__be16 old;
+
+	if (!s)
+		return -1;
+	ip = header(skb, s->packet.l3, sizeof(*ip));
+	if (!ip)
+		return -1;
+	old = ip->frag_off;
+	ip->frag_off |= bpf_htons(IP_DONT_FRAGMENT);
+	ip->check = csum_apply(ip->check, csum_fold32(csum_change(0, old, ip->frag_off)));
+	return 0;
+}
+
+/*
  * Forwards the packet by its flow entry. rewritten: addresses and ports were written already (ICMP
  * errors). Counts and returns the action.
  */
@@ -118,9 +139,10 @@ static __always_inline int forward(struct __sk_buff *skb, const struct packet *p
 		if (hook == HOOK_HOST && f->mtu && network_size(skb, p) > f->mtu)
 			return drop(skb, hook, REASON_TOO_BIG);
 	} else if (out == HOOK_UPLINK && f->mtu && network_size(skb, p) > f->mtu) {
-		if (p->flags & PACKET_DONT_FRAGMENT)
-			return to_stack(skb, hook);
-		return drop(skb, hook, REASON_TOO_BIG);
+		if (!(p->flags & PACKET_DONT_FRAGMENT) &&
+		    (p->flags & PACKET_NO_L4 || forbid_fragments(skb)))
+			return drop(skb, hook, REASON_TOO_BIG);
+		return to_stack(skb, hook);
 	}
 	if (!rewritten) /* an error keeps no flow alive, RFC 5508 section 4.2 */
 		flow_touch(skb, p, f);

@@ -16,6 +16,42 @@ static __always_inline long load_data(struct __sk_buff *skb, const struct packet
 	return bpf_skb_load_bytes(skb, off, to, len);
 }
 
+static __always_inline bool is_extension(__u8 next)
+{
+	return next == IPPROTO_HOPOPTS || next == IPPROTO_ROUTING || next == IPPROTO_DSTOPTS ||
+	       next == IPPROTO_FRAGMENT || next == IPPROTO_AH;
+}
+
+/* Finds what the quoted IPv6 packet carries behind its extension headers. 0, or -1 where it says too little. */
+__noinline int quoted_upper(struct __sk_buff *skb)
+{
+	struct scratch *s = scratch_get();
+	struct quoted *in;
+
+	if (!s)
+		return -1;
+	in = &s->quoted;
+	for (int i = 0; i < MAX_EXTENSIONS; i++) {
+		__u8 ext[4]; /* next header, length; of a fragment the offset */
+
+		if (!is_extension(in->p.proto))
+			return 0;
+		if (load_data(skb, &s->packet, in->l4, ext, sizeof(ext)))
+			return -1;
+		if (in->p.proto == IPPROTO_FRAGMENT) {
+			if (ext[2] || ext[3] & 0xf8) /* not the first: no ports in it */
+				return -1;
+			in->l4 += 8;
+		} else if (in->p.proto == IPPROTO_AH) {
+			in->l4 += (ext[1] + 2) * 4;
+		} else {
+			in->l4 += (ext[1] + 1) * 8;
+		}
+		in->p.proto = ext[0];
+	}
+	return is_extension(in->p.proto) ? -1 : 0;
+}
+
 /*
  * Reads the quoted packet, as its sender sent it. 0, or -1 where it says too little or was not sent by
  * whom the error goes to.
@@ -40,6 +76,8 @@ static __always_inline int parse_quoted(struct __sk_buff *skb, struct scratch *s
 		__builtin_memcpy(&q->daddr, &ip.daddr, sizeof(q->daddr));
 		q->proto = ip.nexthdr;
 		in->l4 = in->l3 + sizeof(ip);
+		if (quoted_upper(skb))
+			return -1;
 	} else {
 		struct iphdr ip;
 

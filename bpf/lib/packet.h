@@ -83,6 +83,7 @@ struct packet {
 	__u8 smac[6];
 	__u16 l4_len; /* bytes after l4; 0xffff: more than fits */
 	__u32 frag_id;
+	__u32 overtaken; /* later fragments that came before this first one */
 };
 
 static __always_inline void addr_from_v4(struct addr *a, __be32 v4)

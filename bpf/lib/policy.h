@@ -303,6 +303,7 @@ static __always_inline int route_of(struct __sk_buff *skb, struct scratch *s, co
 	struct plan *n = &s->plan;
 	bool stack_hop = false, own = false;
 	struct addr hop;
+	__u32 mtu = 1; /* a packet that fits: the device's own is what comes back */
 	long err;
 
 	fib.ifindex = q->bridge;
@@ -345,6 +346,12 @@ static __always_inline int route_of(struct __sk_buff *skb, struct scratch *s, co
 		else
 			addr_from_v4(&q->source, addr->addr4);
 	}
+	/*
+	 * The device's: what the host has learned of the path beyond does not bind the stack when it
+	 * forwards, so it would send on untranslated what is only to be answered.
+	 */
+	if (!bpf_check_mtu(skb, fib.ifindex, &mtu, 0, 0) && mtu <= 0xffff)
+		fib.mtu_result = mtu;
 	if (q->reverse) {
 		n->reverse_ifindex = fib.ifindex;
 		n->reverse_nexthop = hop;

@@ -334,6 +334,7 @@ struct frag {
 	__be16 sport;
 	__be16 dport;
 	__u32 seen; /* ticks */
+	__u32 early; /* fragments that came before the first; ports are known where it is 0 */
 };
 
 struct count {

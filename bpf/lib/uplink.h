@@ -77,6 +77,7 @@ static __always_inline int uplink_slow(struct __sk_buff *skb, struct scratch *s,
 			c->not_ready++;
 		return drop(skb, p->hook, -err);
 	}
+	fragments_lost(p);
 	return VERDICT_OPEN;
 }
 
@@ -125,6 +126,7 @@ static __always_inline int uplink_ip(struct __sk_buff *skb, struct scratch *s, c
 			cfg = config_get();
 			if (cfg && f->generation != (__u16)cfg->generation)
 				f->generation = cfg->generation;
+			fragments_lost(p);
 			if (p->tcp_flags & (TCP_SYN | TCP_FIN))
 				flow_tcp_turn(p, f, v6);
 			return forward_fast(skb, p, f, v6);

@@ -198,6 +198,12 @@ func SCTP(src, dst netip.AddrPort, opts ...Option) []byte {
 	return p.frame(p.ip(src.Addr(), dst.Addr(), layers.IPProtocolSCTP), sctp, init)
 }
 
+// IP builds a packet of any protocol: its payload alone, behind the network header.
+func IP(src, dst netip.Addr, proto uint8, opts ...Option) []byte {
+	p := newParams(opts)
+	return p.frame(p.ip(src, dst, layers.IPProtocol(proto)), gopacket.Payload(p.payload))
+}
+
 // ICMPEcho builds an echo request, of ICMP or ICMPv6.
 func ICMPEcho(src, dst netip.Addr, id, seq uint16, opts ...Option) []byte {
 	return echo(src, dst, id, seq, layers.ICMPv4TypeEchoRequest, layers.ICMPv6TypeEchoRequest, opts)
