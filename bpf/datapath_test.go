@@ -918,7 +918,9 @@ func TestFragments(t *testing.T) {
 				})
 				same(t, "with the don't-fragment bit", packet.UDP(at(a, 1), at(f.client2, 2), toGateway(alice), packet.DontFragment(), big), r.out)
 				large := packet.Fragment(packet.UDP(at(a, 1), at(f.client2, 2), toGateway(alice), packet.Payload(make([]byte, 3*uplinkMTU))), 1480, 9)
-				h.expect("a first fragment", actPass, toStack, func() result { return h.from(alice, large[0]) })
+				r = h.expect("a first fragment", actPass, toStack, func() result { return h.from(alice, large[0]) })
+				require.Equal(t, []byte{0x40, 0}, r.out[20:22], "as if it were whole: else connection tracking waits for the others")
+				right(t, "a first fragment", r.out[:34])
 				h.drops("a later one, about which nobody may say anything (RFC 1122 3.2.2)", tooBig, "container", func() result {
 					return h.from(alice, large[1])
 				})

@@ -83,7 +83,8 @@ static __always_inline int write_ethernet(struct __sk_buff *skb, const struct pa
 
 /*
  * Sets the don't-fragment bit of a packet that is too big and goes to the stack: its answer, which
- * would not come otherwise, has the sender make smaller ones (as RFC 1191 has it). 0 or negative.
+ * would not come otherwise, has the sender make smaller ones, as RFC 1191 has it. A first fragment is
+ * made to look whole, or connection tracking would wait for the others. 0 or negative.
  */
 __noinline int forbid_fragments(struct __sk_buff *skb)
 {
@@ -97,7 +98,7 @@ __noinline int forbid_fragments(struct __sk_buff *skb)
 	if (!ip)
 		return -1;
 	old = ip->frag_off;
-	ip->frag_off |= bpf_htons(IP_DONT_FRAGMENT);
+	ip->frag_off = bpf_htons(IP_DONT_FRAGMENT);
 	ip->check = csum_apply(ip->check, csum_fold32(csum_change(0, old, ip->frag_off)));
 	return 0;
 }
