@@ -199,6 +199,7 @@ type DatapathFrag struct {
 	Sport uint16
 	Dport uint16
 	Seen  uint32
+	Early uint32
 }
 
 type DatapathFragKey struct {
@@ -391,23 +392,24 @@ type DatapathReservationKey struct {
 type DatapathScratch struct {
 	_      structs.HostLayout
 	Packet struct {
-		_        structs.HostLayout
-		Saddr    DatapathAddr
-		Daddr    DatapathAddr
-		Sport    uint16
-		Dport    uint16
-		L3       uint16
-		L4       uint16
-		Proto    uint8
-		Hook     DatapathHook
-		Flags    uint8
-		TcpFlags uint8
-		Ttl      uint8
-		L4Header uint8
-		Dmac     [6]uint8
-		Smac     [6]uint8
-		L4Len    uint16
-		FragId   uint32
+		_         structs.HostLayout
+		Saddr     DatapathAddr
+		Daddr     DatapathAddr
+		Sport     uint16
+		Dport     uint16
+		L3        uint16
+		L4        uint16
+		Proto     uint8
+		Hook      DatapathHook
+		Flags     uint8
+		TcpFlags  uint8
+		Ttl       uint8
+		L4Header  uint8
+		Dmac      [6]uint8
+		Smac      [6]uint8
+		L4Len     uint16
+		FragId    uint32
+		Overtaken uint32
 	}
 	Plan struct {
 		_              structs.HostLayout
@@ -458,23 +460,24 @@ type DatapathScratch struct {
 	Quoted struct {
 		_ structs.HostLayout
 		P struct {
-			_        structs.HostLayout
-			Saddr    DatapathAddr
-			Daddr    DatapathAddr
-			Sport    uint16
-			Dport    uint16
-			L3       uint16
-			L4       uint16
-			Proto    uint8
-			Hook     DatapathHook
-			Flags    uint8
-			TcpFlags uint8
-			Ttl      uint8
-			L4Header uint8
-			Dmac     [6]uint8
-			Smac     [6]uint8
-			L4Len    uint16
-			FragId   uint32
+			_         structs.HostLayout
+			Saddr     DatapathAddr
+			Daddr     DatapathAddr
+			Sport     uint16
+			Dport     uint16
+			L3        uint16
+			L4        uint16
+			Proto     uint8
+			Hook      DatapathHook
+			Flags     uint8
+			TcpFlags  uint8
+			Ttl       uint8
+			L4Header  uint8
+			Dmac      [6]uint8
+			Smac      [6]uint8
+			L4Len     uint16
+			FragId    uint32
+			Overtaken uint32
 		}
 		L3    uint32
 		L4    uint32

@@ -156,6 +156,7 @@ type SockFrag struct {
 	Sport uint16
 	Dport uint16
 	Seen  uint32
+	Early uint32
 }
 
 type SockFragKey struct {
