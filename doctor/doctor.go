@@ -166,6 +166,7 @@ func Judge(f *Facts) []Finding {
 		{"leftovers", checkLeftovers},
 		{"docker-proxy", checkProxies},
 		{"reservations", checkReservations},
+		{"swarm", checkSwarm},
 	} {
 		list := []Finding{}
 		if err := f.Failed[check.name]; err != nil {

@@ -183,6 +183,9 @@ func TestJudge(t *testing.T) {
 		}, "docker-proxy", Note, "processes: 2", `echo '{"iptables":false,"userland-proxy":false}' >/c && systemctl restart docker`},
 		{"a port that is not held", func(f *Facts) { f.Sockets = nil }, "reservations", Note, "0.0.0.0:8080/tcp", ""},
 		{"sockets that cannot be asked for", func(f *Facts) { f.Sockets, f.SocketsErr = nil, errors.New("not permitted") }, "reservations", Unknown, "not permitted", ""},
+		{"a node of a swarm", func(f *Facts) {
+			f.Sockets = append(f.Sockets, Socket{Proto: policy.TCP, Addr: netip.MustParseAddrPort("[::]:7946"), Process: Process{3, "dockerd"}})
+		}, "swarm", Note, "mode=ingress, the default, and overlay networks are not", ""},
 		{"a port of another's", func(f *Facts) { f.Sockets[0].Process = Process{12, "nginx"} }, "reservations", Broken, "nginx (process 12) listens on [::]:8080/tcp", "kill 12"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

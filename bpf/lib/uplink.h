@@ -213,8 +213,12 @@ static __always_inline int host_sends_of(struct __sk_buff *skb, struct scratch *
 	if (parse_ip(skb, p, v6) < 0 || p->flags & (PACKET_NEIGHBOUR | PACKET_FRAGMENT))
 		return 0;
 	if (!(p->flags & PACKET_ICMP_ERROR)) {
-		/* An echo reply claims nothing, or anybody could fill the table. */
-		if (p->proto != (v6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP) || p->sport)
+		/*
+		 * An echo reply claims nothing, or anybody could fill the table; nor does what is not
+		 * the host's: a macvlan container's or a virtual machine's.
+		 */
+		if ((p->proto != (v6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP) || p->sport) &&
+		    is_host_addr(&p->saddr, v6))
 			claim_tuple(s, v6);
 		return 0;
 	}
