@@ -197,6 +197,9 @@ func reserveSCTP(host netip.AddrPort) (io.Closer, error) {
 		sa.(*unix.SockaddrInet4).Addr = host.Addr().As4()
 	}
 	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, unix.IPPROTO_SCTP)
+	if errors.Is(err, unix.EPROTONOSUPPORT) {
+		return io.NopCloser(nil), nil // a kernel without SCTP: nobody else can bind the port either
+	}
 	if err != nil {
 		return nil, fmt.Errorf("sctp socket: %w", err)
 	}

@@ -37,6 +37,8 @@ type DockerOpts struct {
 	ProxyPath string
 	// IPTables lets the engine write its own rules: the reference, not what is under test.
 	IPTables bool
+	// IP6Tables lets it write rules for IPv6 too, which Engine 20.10 counts as experimental.
+	IP6Tables bool
 	// ExtraArgs go to dockerd behind all others.
 	ExtraArgs []string
 }
@@ -109,7 +111,8 @@ func (d *Docker) configure(t testing.TB, opts DockerOpts) {
 		"--storage-driver", "overlay2",
 		"--log-level", "warn", // containerd is talkative
 		fmt.Sprintf("--iptables=%t", opts.IPTables),
-		fmt.Sprintf("--ip6tables=%t", false),
+		fmt.Sprintf("--ip6tables=%t", opts.IP6Tables),
+		fmt.Sprintf("--experimental=%t", opts.IP6Tables),
 		fmt.Sprintf("--userland-proxy=%t", opts.Proxy || opts.ProxyPath != ""),
 	}
 	if opts.ProxyPath != "" {

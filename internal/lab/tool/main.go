@@ -30,6 +30,8 @@ var commands = map[string]struct {
 	"stream":        {stream, "a long exchange of numbered messages, every echo checked"},
 	"flood-connect": {floodConnect, "connect and close at full rate"},
 	"udp-count":     {udpCount, "send a number of datagrams"},
+	"witness":       {witness, "answer probes of all protocols, and tell who sent them"},
+	"probe":         {probe, "try to reach many addresses at once, by all protocols"},
 }
 
 func main() {
