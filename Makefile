@@ -20,7 +20,7 @@ export CGO_ENABLED := 0
 
 .PHONY: help
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: build
 build: ## make bin/bpfnet; needs only Go
@@ -67,6 +67,11 @@ test-full: need-root ## like test, at the full counts (root, 90 minutes)
 	@scripts/deps.sh build test generate check
 	@$(MAKE) --no-print-directory check
 	@BPFNET_REQUIRE_ROOT=1 BPFNET_FULL=1 $(GO_TEST) -timeout 90m ./... | $(SUMMARY)
+
+.PHONY: conformance
+conformance: need-root ## compare with Docker's own data path in every cell, write docs/generated/conformance.md (root, 10 minutes)
+	@scripts/deps.sh build test
+	@go run ./internal/conformance/cmd
 
 .PHONY: clean
 clean: ## remove what build made
