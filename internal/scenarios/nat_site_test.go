@@ -57,7 +57,7 @@ func newNATSite(t *testing.T) *natSite {
 	for _, a := range []netip.Addr{nowhere4, nowhere6} {
 		w.Client2.MustRun(t, "ip", "route", "add", "unreachable", a.String())
 	}
-	w.sandbox(t, "web", "blue", "-p", "8080:80", "-p", "8080:80/udp", "-p", "9000:9000", "-p", "9000:9000/udp", "-p", "9001:9001/udp")
+	w.sandbox(t, "web", "blue", "-p", "8080:80", "-p", "8080:80/udp", "-p", "9000:9000", "-p", "9000:9000/udp", "-p", "9001:9001/udp", "-p", "9100:9100")
 	w.sandbox(t, "peer", "blue")
 	w.web, w.peer = w.b.NS(t, "web"), w.b.NS(t, "peer")
 	w.web4, w.web6 = w.b.Addrs(t, "web", "blue")
