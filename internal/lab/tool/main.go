@@ -29,6 +29,7 @@ var commands = map[string]struct {
 	"get":           {get, "one exchange over TCP or UDP"},
 	"stream":        {stream, "a long exchange of numbered messages, every echo checked"},
 	"flood-connect": {floodConnect, "connect and close at full rate"},
+	"burst":         {burst, "send in every way to many, from the first instruction on"},
 	"udp-count":     {udpCount, "send a number of datagrams"},
 	"witness":       {witness, "answer probes of all protocols, and tell who sent them"},
 	"probe":         {probe, "try to reach many addresses at once, by all protocols"},
