@@ -61,6 +61,7 @@ enum hook {
 	HOOK_TO_CONTAINER, /* egress of the host-side veth */
 	HOOK_TO_UPLINK, /* egress of an uplink */
 	HOOK_BRIDGE, /* ingress of the bridge device */
+	HOOK_STRICT, /* the cgroup of the engine's containers (`--strict`) */
 	HOOK_COUNT,
 } __attribute__((packed));
 
