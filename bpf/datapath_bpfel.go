@@ -242,7 +242,8 @@ const (
 	DatapathHookHOOK_TO_CONTAINER DatapathHook = 4
 	DatapathHookHOOK_TO_UPLINK    DatapathHook = 5
 	DatapathHookHOOK_BRIDGE       DatapathHook = 6
-	DatapathHookHOOK_COUNT        DatapathHook = 7
+	DatapathHookHOOK_STRICT       DatapathHook = 7
+	DatapathHookHOOK_COUNT        DatapathHook = 8
 )
 
 type DatapathHostAddr struct {

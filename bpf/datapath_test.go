@@ -1366,7 +1366,7 @@ func TestInstructions(t *testing.T) {
 	for _, object := range []struct {
 		name string
 		load func() (*ebpf.CollectionSpec, error)
-	}{{"datapath", bpf.LoadDatapath}, {"sock", bpf.LoadSock}} {
+	}{{"datapath", bpf.LoadDatapath}, {"sock", bpf.LoadSock}, {"strict", bpf.LoadStrict}} {
 		spec, err := object.load()
 		require.NoError(t, err)
 		size := make(map[string]int)

@@ -14,6 +14,9 @@ func DatapathDigest() string { return digest(_DatapathBytes) }
 // SockDigest is DatapathDigest of the other object.
 func SockDigest() string { return digest(_SockBytes) }
 
+// StrictDigest is DatapathDigest of the object of strict mode.
+func StrictDigest() string { return digest(_StrictBytes) }
+
 func digest(object []byte) string {
 	sum := sha256.Sum256(object)
 	return hex.EncodeToString(sum[:16])

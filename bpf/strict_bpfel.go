@@ -43,6 +43,8 @@ type StrictConfig struct {
 		Icmp           uint32
 		Other          uint32
 	}
+	AcceptMark uint32
+	AcceptMask uint32
 }
 
 type StrictCount struct {
@@ -154,6 +156,7 @@ type StrictFrag struct {
 	Sport uint16
 	Dport uint16
 	Seen  uint32
+	Early uint32
 }
 
 type StrictFragKey struct {
@@ -182,11 +185,23 @@ type StrictNetwork struct {
 	Ifindex  uint32
 	Mac      [6]uint8
 	Flags    uint8
-	Pad      uint8
+	Mode4    uint8
 	Mtu      uint16
-	Pad2     [2]uint8
+	Mode6    uint8
+	Pad      uint8
 	Gateway4 uint32
 	Gateway6 StrictAddr
+	Source6  StrictAddr
+	Source4  uint32
+}
+
+type StrictOpenKey struct {
+	_     structs.HostLayout
+	Saddr StrictAddr
+	Daddr StrictAddr
+	Port  uint16
+	Proto uint8
+	Pad   uint8
 }
 
 type StrictPair struct {
@@ -290,6 +305,12 @@ type StrictSubnetKey struct {
 	Addr      StrictAddr
 }
 
+type StrictTrustedKey struct {
+	_       structs.HostLayout
+	Ifindex uint32
+	Net     uint32
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -309,6 +330,7 @@ const (
 	StrictMapLinks             = "links"
 	StrictMapMasqueradeAddrs   = "masquerade_addrs"
 	StrictMapNetworkSlots      = "network_slots"
+	StrictMapOpenPorts         = "open_ports"
 	StrictMapPairs             = "pairs"
 	StrictMapPortClass         = "port_class"
 	StrictMapPortSlots         = "port_slots"
@@ -320,6 +342,7 @@ const (
 	StrictMapStrictMarks       = "strict_marks"
 	StrictMapStrictSources     = "strict_sources"
 	StrictMapSubnets           = "subnets"
+	StrictMapTrusted           = "trusted"
 	StrictProgStrictEgress     = "strict_egress"
 	StrictProgStrictIngress    = "strict_ingress"
 	StrictProgStrictSockCreate = "strict_sock_create"
@@ -391,6 +414,7 @@ type StrictMapSpecs struct {
 	Links           *ebpf.MapSpec `ebpf:"links"`
 	MasqueradeAddrs *ebpf.MapSpec `ebpf:"masquerade_addrs"`
 	NetworkSlots    *ebpf.MapSpec `ebpf:"network_slots"`
+	OpenPorts       *ebpf.MapSpec `ebpf:"open_ports"`
 	Pairs           *ebpf.MapSpec `ebpf:"pairs"`
 	PortClass       *ebpf.MapSpec `ebpf:"port_class"`
 	PortSlots       *ebpf.MapSpec `ebpf:"port_slots"`
@@ -402,6 +426,7 @@ type StrictMapSpecs struct {
 	StrictMarks     *ebpf.MapSpec `ebpf:"strict_marks"`
 	StrictSources   *ebpf.MapSpec `ebpf:"strict_sources"`
 	Subnets         *ebpf.MapSpec `ebpf:"subnets"`
+	Trusted         *ebpf.MapSpec `ebpf:"trusted"`
 }
 
 // StrictVariableSpecs contains global variables before they are loaded into the kernel.
@@ -445,6 +470,7 @@ type StrictMaps struct {
 	Links           *ebpf.Map `ebpf:"links"`
 	MasqueradeAddrs *ebpf.Map `ebpf:"masquerade_addrs"`
 	NetworkSlots    *ebpf.Map `ebpf:"network_slots"`
+	OpenPorts       *ebpf.Map `ebpf:"open_ports"`
 	Pairs           *ebpf.Map `ebpf:"pairs"`
 	PortClass       *ebpf.Map `ebpf:"port_class"`
 	PortSlots       *ebpf.Map `ebpf:"port_slots"`
@@ -456,6 +482,7 @@ type StrictMaps struct {
 	StrictMarks     *ebpf.Map `ebpf:"strict_marks"`
 	StrictSources   *ebpf.Map `ebpf:"strict_sources"`
 	Subnets         *ebpf.Map `ebpf:"subnets"`
+	Trusted         *ebpf.Map `ebpf:"trusted"`
 }
 
 func (m *StrictMaps) Close() error {
@@ -475,6 +502,7 @@ func (m *StrictMaps) Close() error {
 		m.Links,
 		m.MasqueradeAddrs,
 		m.NetworkSlots,
+		m.OpenPorts,
 		m.Pairs,
 		m.PortClass,
 		m.PortSlots,
@@ -486,6 +514,7 @@ func (m *StrictMaps) Close() error {
 		m.StrictMarks,
 		m.StrictSources,
 		m.Subnets,
+		m.Trusted,
 	)
 }
 

@@ -47,6 +47,10 @@ type Config struct {
 	// container. Optional: a mask of 0 accepts none.
 	AcceptMark, AcceptMask uint32
 
+	// StrictCgroup is the cgroup2 directory that the engine's containers run below, where the programs
+	// of strict mode go. Empty: no strict mode.
+	StrictCgroup string
+
 	// DefaultSubnets are those of bpfnet's own default network, at most one a family; none: an IPv4
 	// one of the pools, and a generated IPv6 one.
 	DefaultSubnets []netip.Prefix

@@ -92,6 +92,7 @@ type Daemon struct {
 	tables   policy.Tables
 	attached map[int]bool
 	seen     policy.Devices
+	strict   *strict // nil: off
 	changes  []netdev.Change
 	problem  string                  // of the last round, so that it is logged once
 	wrong    map[policy.Problem]bool // of settings, as of the last round
@@ -179,7 +180,7 @@ func open(cfg Config) (_ *Daemon, err error) {
 	if d.seed = d.writer.HashSeed(); d.seed == 0 {
 		d.seed = rand.Uint32()
 	}
-	return d, nil
+	return d, d.openStrict()
 }
 
 // remember takes up what an earlier run left in the store.
@@ -209,6 +210,9 @@ func (d *Daemon) remember() error {
 func (d *Daemon) close() {
 	if d.own != nil {
 		d.own.Close()
+	}
+	if d.strict != nil {
+		d.strict.close()
 	}
 	if d.loader != nil {
 		d.loader.Close()
@@ -498,6 +502,9 @@ func (d *Daemon) reconcile() (err error) {
 	}
 	errs = append(errs, d.announceMoves(state, devices))
 	d.report()
+	if d.strict != nil {
+		errs = append(errs, d.strict.apply(d.tables, devices))
+	}
 	errs = append(errs, d.writeSnapshot(state))
 	return errors.Join(errs...)
 }

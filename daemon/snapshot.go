@@ -136,6 +136,9 @@ func (d *Daemon) attachments() []api.Attachment {
 		device := names[a.Ifindex]
 		if a.Hook == "cgroup" {
 			device = d.cfg.Cgroup
+			if loader.IsStrict(a.Program) {
+				device = d.cfg.StrictCgroup
+			}
 		}
 		out = append(out, api.Attachment{Program: a.Program, Device: device, Hook: a.Hook})
 	}

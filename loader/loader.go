@@ -157,7 +157,7 @@ func Load(opts Options) (*Loader, error) {
 	delete(spec.Maps, "flows6")
 	l.sock, err = l.load(spec, sock)
 	if err == nil {
-		err = clear(programsDir(opts.BPFFS), datapath, sock)
+		err = clear(programsDir(opts.BPFFS), datapath, sock, shelf{object: bpf.StrictDigest()})
 	}
 	if err != nil {
 		l.Close()
@@ -501,7 +501,7 @@ func parsePin(name string) Attachment {
 	program, index, _ := strings.Cut(name, "-")
 	ifindex, _ := strconv.Atoi(index)
 	a := Attachment{Program: program, Ifindex: ifindex, Hook: hookOf(program)}
-	if strings.HasPrefix(program, "sock_") {
+	if strings.HasPrefix(program, "sock_") || IsStrict(program) {
 		a.Hook = "cgroup"
 	}
 	return a

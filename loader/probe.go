@@ -135,7 +135,7 @@ type Program struct {
 }
 
 // ourMaps are those of which each program of this project uses at least one.
-var ourMaps = []string{"config", "fates", "sock_peers", "reservations"}
+var ourMaps = []string{"config", "fates", "sock_peers", "reservations", "strict_sources", "strict_marks"}
 
 var ourNames = []string{
 	FromContainer, ToContainer, FromBridge, FromUplink, FromUplinkL3, FromHost, ToUplink, ToUplinkL3,
@@ -154,7 +154,7 @@ func ProgramByID(id uint32) (Program, error) {
 		return out, fmt.Errorf("read program %d: %w", id, err)
 	}
 	out.Name = info.Name
-	if ids, ok := info.MapIDs(); ok && (slices.Contains(ourNames, out.Name) || strings.HasPrefix(out.Name, "sock_")) {
+	if ids, ok := info.MapIDs(); ok && (slices.Contains(ourNames, out.Name) || strings.HasPrefix(out.Name, "sock_") || IsStrict(out.Name)) {
 		for _, id := range ids {
 			if slices.Contains(ourMaps, mapName(id)) {
 				out.Ours = out.Name
@@ -218,23 +218,25 @@ func query(opts link.QueryOptions) ([]Program, error) {
 
 // CgroupPrograms lists our programs at a cgroup, by name.
 func CgroupPrograms(dir string) ([]string, error) {
-	spec, err := bpf.LoadSock()
-	if err != nil {
-		return nil, fmt.Errorf("read the sock object: %w", err)
-	}
 	f, err := os.Open(dir)
 	if err != nil {
 		return nil, fmt.Errorf("open cgroup: %w", err)
 	}
 	defer f.Close()
 	var out []string
-	for name, p := range spec.Programs {
-		list, err := query(link.QueryOptions{Target: int(f.Fd()), Attach: p.AttachType})
+	for _, load := range []func() (*ebpf.CollectionSpec, error){bpf.LoadSock, bpf.LoadStrict} {
+		spec, err := load()
 		if err != nil {
-			return nil, fmt.Errorf("cgroup %s: %w", dir, err)
+			return nil, fmt.Errorf("read the cgroup programs: %w", err)
 		}
-		if slices.ContainsFunc(list, func(p Program) bool { return p.Ours != "" && strings.HasPrefix(name, p.Ours) }) {
-			out = append(out, name)
+		for name, p := range spec.Programs {
+			list, err := query(link.QueryOptions{Target: int(f.Fd()), Attach: p.AttachType})
+			if err != nil {
+				return nil, fmt.Errorf("cgroup %s: %w", dir, err)
+			}
+			if slices.ContainsFunc(list, func(p Program) bool { return p.Ours != "" && strings.HasPrefix(name, p.Ours) }) {
+				out = append(out, name)
+			}
 		}
 	}
 	slices.Sort(out)

@@ -38,7 +38,7 @@ func assemble(links []device, addrs []address, served map[string]bool, override 
 			})
 		}
 		if br := byIndex[d.master]; br != nil && br.kind == "bridge" && served[br.name] {
-			l := policy.Link{Ifindex: d.index, Name: d.name, Bridge: br.name}
+			l := policy.Link{Ifindex: d.index, Name: d.name, Bridge: br.name, PeerNS: d.peerNS}
 			switch {
 			case !d.hasPeer():
 			case d.peerNS >= 0:

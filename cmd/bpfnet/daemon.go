@@ -26,6 +26,7 @@ func (a *App) daemonCommand() *cobra.Command {
 		logLevel string
 		bridgeIP string
 		mark     string
+		strict   bool
 	)
 	cmd := &cobra.Command{
 		Use:   "daemon",
@@ -70,6 +71,9 @@ Stopping the daemon leaves the network running; "bpfnet cleanup" removes it.`,
 			if cfg.Cgroup, err = a.findCgroup(); err != nil {
 				return err
 			}
+			if cfg.StrictCgroup, err = strictCgroup(strict, cfg); err != nil {
+				return err
+			}
 			cfg.Version = a.Version
 			cfg.Logger = slog.New(slog.NewTextHandler(a.Stderr, &slog.HandlerOptions{Level: level}))
 			cfg.Banner = a.Stdout
@@ -89,6 +93,8 @@ Stopping the daemon leaves the network running; "bpfnet cleanup" removes it.`,
 	flags.BoolVar(&cfg.AllowDirectRouting, "allow-direct-routing", false, "let everybody dial published ports by the containers' own addresses")
 	flags.StringVar(&mark, "bridge-accept-fwmark", "", "let packets with this `mark` (MARK or MARK/MASK) reach every port of every container")
 	flags.StringArrayVar(&subnets, "default-subnet", nil, "`subnet` of bpfnet's own default network, at most one a family (default: one of the pools, and a generated IPv6 one)")
+	flags.BoolVar(&strict, "strict", false, "let the Engine's containers send and receive only by the addresses of READY endpoints, from their first instruction on")
+	flags.StringVar(&cfg.StrictCgroup, "strict-cgroup", "", "cgroup2 `directory` that the Engine's containers run below (default: docker, below --cgroup); implies --strict")
 	flags.StringVar(&logLevel, "log-level", "info", "`level` of the log on standard error: debug, info, warn or error")
 	return cmd
 }
@@ -147,6 +153,22 @@ func parseMark(s string) (mark, mask uint32, err error) {
 		return 0, 0, usagef("--bridge-accept-fwmark %q: the mark has bits that the mask has not, so no packet would match", s)
 	}
 	return uint32(m), uint32(all), nil
+}
+
+// strictCgroup is where the programs of strict mode go; "" without it.
+func strictCgroup(strict bool, cfg daemon.Config) (string, error) {
+	switch dir := cfg.StrictCgroup; {
+	case dir == "" && !strict:
+		return "", nil
+	case cfg.Docker == "off":
+		return "", usagef("--strict is about the Docker Engine's containers: leave --docker off or --strict away")
+	case dir == "":
+		return filepath.Join(cfg.Cgroup, "docker"), nil
+	case !filepath.IsAbs(dir):
+		return "", usagef("--strict-cgroup %q: want a directory below the cgroup2 mount, as /sys/fs/cgroup/docker", dir)
+	default:
+		return filepath.Clean(dir), nil
+	}
 }
 
 // checkDaemon refuses what cannot be meant.

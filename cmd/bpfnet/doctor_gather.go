@@ -360,6 +360,13 @@ func (g *gatherer) programs() {
 		f.CgroupPrograms, err = loader.CgroupPrograms(f.Cgroup)
 		g.fail(err, "attached")
 	}
+	for _, dir := range strictCgroups(f.Snapshot) {
+		list, err := loader.CgroupPrograms(dir)
+		if !errors.Is(err, fs.ErrNotExist) { // without the cgroup, its programs are missing
+			g.fail(err, "attached")
+		}
+		f.CgroupPrograms = append(f.CgroupPrograms, list...)
+	}
 	f.XDP = make(map[uint32]loader.Program)
 	for _, dev := range f.Devices {
 		if dev.XDP == 0 {
@@ -373,6 +380,20 @@ func (g *gatherer) programs() {
 		p.Link = loader.XDPLink(dev.Ifindex)
 		f.XDP[dev.XDP] = p
 	}
+}
+
+// strictCgroups are where the programs of strict mode should be.
+func strictCgroups(s *api.Snapshot) []string {
+	if s == nil {
+		return nil
+	}
+	var out []string
+	for _, a := range s.Attachments {
+		if loader.IsStrict(a.Program) && !slices.Contains(out, a.Device) {
+			out = append(out, a.Device)
+		}
+	}
+	return out
 }
 
 func (g *gatherer) maps() {

@@ -41,7 +41,7 @@ func generated(t *testing.T, name, want string) {
 
 // advice is what to do about a drop reason. The meanings stand in bpf/lib/types.h.
 var advice = map[string]string{
-	"not_ready":          "Normal for some milliseconds while a container starts. If it lasts: `bpfnet status` says under NOT READY what the endpoint waits for.",
+	"not_ready":          "Normal for some milliseconds while a container starts (at the hook `strict` its sender sees EPERM). If it lasts: `bpfnet status` says under NOT READY what the endpoint waits for.",
 	"port_not_ready":     "Normal while a container with a published port starts: the client's next try gets through. If it lasts, see whether the container is READY and on which network it publishes.",
 	"spoofed_address":    "The container sends from an address that Docker did not give it. Give it the label `bpfnet.allowed_addresses` (addresses or prefixes, separated by commas) if it may.",
 	"spoofed_mac":        "The container sends from a MAC address that Docker did not give it: a bridge or virtual machine inside it. Use a macvlan network for that.",
@@ -154,6 +154,8 @@ var purpose = map[string]struct{ owner, text string }{
 	"reservations":     {"sock programs", "ports that the Engine's own sockets hold, and since when"},
 	"sock_peers":       {"sock programs", "what a host socket dialled before it was sent to a container"},
 	"sock_marks":       {"sock programs", "which sockets the sock programs have touched"},
+	"strict_sources":   {"daemon", "strict mode: the addresses of READY endpoints, each with its namespace"},
+	"strict_marks":     {"strict programs", "the namespace that a container's socket was made in"},
 	"gc":               {"data path", "the timer that expires flows when no daemon does"},
 	"scratch":          {"data path", "working memory of one program run, see bpf/README.md"},
 	"drops":            {"data path", "dropped packets and bytes by reason and hook"},
@@ -179,12 +181,14 @@ func TestMaps(t *testing.T) {
 	require.NoError(t, err)
 	sock, err := bpf.LoadSock()
 	require.NoError(t, err)
+	strict, err := bpf.LoadStrict()
+	require.NoError(t, err)
 	all := make(map[string]*ebpf.MapSpec)
 	users := make(map[string][]string)
 	for _, object := range []struct {
 		name string
 		spec *ebpf.CollectionSpec
-	}{{"datapath", datapath}, {"sock", sock}} {
+	}{{"datapath", datapath}, {"sock", sock}, {"strict", strict}} {
 		for name, m := range object.spec.Maps {
 			if strings.HasPrefix(name, ".") {
 				continue // constants of the compiler
@@ -208,7 +212,7 @@ func TestMaps(t *testing.T) {
 Made by ` + "`go test ./internal/doctest -update`" + ` from the compiled objects.
 
 Sizes are in bytes; of per-CPU maps, for one CPU. Pinned maps stand below ` + "`maps/`" + ` in the instance's pin directory. The shapes
-of keys and values are in bpf/lib/types.h. The sock object declares all maps of bpf/lib/maps.h and uses a few of them.
+of keys and values are in bpf/lib/types.h. The sock and the strict object declare all maps of bpf/lib/maps.h and use a few of them.
 
 | map | type | written by | key | value | entries | pinned | for |
 |---|---|---|---|---|---|---|---|
@@ -225,7 +229,7 @@ of keys and values are in bpf/lib/types.h. The sock object declares all maps of 
 		switch name {
 		case "flows4", "flows6":
 			entries = "by memory or `--flows`"
-		case "sock_marks":
+		case "sock_marks", "strict_marks":
 			entries = "one a socket"
 		}
 		fmt.Fprintf(&doc, "| `%s` | %s | %s | %s, %d | %s, %d | %s | %s | %s |\n", name, m.Type, p.owner,

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -88,6 +89,7 @@ type window struct {
 	subnets  map[string][]netip.Prefix
 	targets  []string
 	senders  int
+	noFrames bool // senders do not write past the kernel's stack
 
 	mu          sync.Mutex
 	escaped     map[string]int         // packets that are where they must not be, by how
@@ -112,28 +114,21 @@ func newWindow(t *testing.T, guarded bool, daemon ...string) *window {
 		escaped: make(map[string]int), first: make(map[string]string),
 		heard: make(map[string]int), atHost: make(map[string]int), masqueraded: make(map[netip.AddrPort]int),
 	}
-	for i, n := range w.networks {
-		args := []string{"network", "create", "--ipv6", "--subnet", fmt.Sprintf("fd00:b%d::/64", i+1)}
+	for _, n := range w.networks {
 		if n == quiet {
-			args = append(args, "-o", "com.docker.network.bridge.enable_icc=false")
-		}
-		w.d.MustRun(t, append(args, n)...)
-		for _, s := range strings.Fields(w.d.Inspect(t, n, "{{range .IPAM.Config}}{{.Subnet}} {{end}}")) {
-			w.subnets[n] = append(w.subnets[n], netip.MustParsePrefix(s))
+			w.network(t, n, "-o", "com.docker.network.bridge.enable_icc=false")
+		} else {
+			w.network(t, n)
 		}
 	}
 	if guarded {
 		w.b = l.StartBpfnet(t, w.d, daemon...)
 	}
 	for _, n := range w.networks {
-		name := "in-" + n
-		w.d.MustRun(t, "run", "-d", "--name", name, "--network", n, lab.Image, "sleep", "100000")
+		w.listen(t, n)
 		if guarded {
-			w.site().ready(t, name)
+			w.site().ready(t, "in-"+n)
 		}
-		v4, v6 := w.d.Addrs(t, name, n)
-		w.targets = append(w.targets, v4.String(), v6.String())
-		w.d.NS(t, name).Capture(t, "eth0", func(p gopacket.Packet) bool { return w.inside(n, p) })
 	}
 	for _, a := range []netip.Addr{lab.Client4, lab.Client6, lab.Internet4, lab.Internet6, lab.Host4, lab.Host6} {
 		w.targets = append(w.targets, a.String())
@@ -142,6 +137,26 @@ func newWindow(t *testing.T, guarded bool, daemon ...string) *window {
 	w.Client2.Capture(t, lab.ClientIf, w.outside)
 	w.serveHost(t)
 	return w
+}
+
+// network makes a dual-stack network.
+func (w *window) network(t *testing.T, name string, args ...string) {
+	t.Helper()
+	args = append([]string{"network", "create", "--ipv6", "--subnet", fmt.Sprintf("fd00:b%d::/64", len(w.subnets)+1)}, args...)
+	w.d.MustRun(t, append(args, name)...)
+	for _, s := range strings.Fields(w.d.Inspect(t, name, "{{range .IPAM.Config}}{{.Subnet}} {{end}}")) {
+		w.subnets[name] = append(w.subnets[name], netip.MustParsePrefix(s))
+	}
+}
+
+// listen puts a container on a network that hears who sends to it, and makes it a target.
+func (w *window) listen(t *testing.T, network string) {
+	t.Helper()
+	name := "in-" + network
+	w.d.MustRun(t, "run", "-d", "--name", name, "--network", network, lab.Image, "sleep", "100000")
+	v4, v6 := w.d.Addrs(t, name, network)
+	w.targets = append(w.targets, v4.String(), v6.String())
+	w.d.NS(t, name).Capture(t, "eth0", func(p gopacket.Packet) bool { return w.inside(network, p) })
 }
 
 func (w *window) site() *site { return &site{Lab: w.Lab, d: w.d, b: w.b} }
@@ -256,7 +271,7 @@ func (w *window) start(t *testing.T, n int, networks ...string) []sender {
 		all[i] = sender{fmt.Sprintf("s%d", w.senders), []string{networks[w.random.IntN(len(networks))]}}
 		wait.Go(func() {
 			_, errs[i] = w.d.Run(append([]string{"run", "-d", "--name", all[i].name, "--hostname", all[i].name, "--network", all[i].on[0],
-				lab.Image, "labtool", "burst"}, w.targets...)...)
+				lab.Image, "labtool", "burst", fmt.Sprintf("-frames=%t", !w.noFrames)}, w.targets...)...)
 		})
 	}
 	wait.Wait()
@@ -267,21 +282,41 @@ func (w *window) start(t *testing.T, n int, networks ...string) []sender {
 	return all
 }
 
-// connect connects a running sender to another network by chance. Once the container has had its new
-// interface for some more rounds it is taken off again.
-func (w *window) connect(t *testing.T, s *sender) {
+// connect connects running senders to another network each, by chance, and waits until they have sent by
+// the new interface for some rounds.
+func (w *window) connect(t *testing.T, all []sender) {
 	t.Helper()
-	var others []string
-	for _, n := range w.networks {
-		if n != s.on[0] {
-			others = append(others, n)
-		}
+	errs := make([]error, len(all))
+	var wait sync.WaitGroup
+	for i := range all {
+		s := &all[i]
+		others := slices.DeleteFunc(slices.Clone(w.networks), func(n string) bool { return n == s.on[0] })
+		s.on = append(s.on, others[w.random.IntN(len(others))])
+		wait.Go(func() { _, errs[i] = w.d.Run("network", "connect", s.on[1], s.name) })
 	}
-	to := others[w.random.IntN(len(others))]
-	ns := w.d.NS(t, s.name)
-	w.d.MustRun(t, "network", "connect", to, s.name)
-	s.on = append(s.on, to)
-	lab.Eventually(t, 20*time.Second, s.name+" sends by its new interface", func() bool { return sentAnew(t, ns) > 40 })
+	wait.Wait()
+	for i, s := range all {
+		require.NoError(t, errs[i])
+		ns := w.d.NS(t, s.name)
+		lab.Eventually(t, 20*time.Second, s.name+" sends by its new interface", func() bool { return sentAnew(t, ns) > 40 })
+	}
+}
+
+func (w *window) disconnect(t *testing.T, all []sender) {
+	t.Helper()
+	var wait sync.WaitGroup
+	for i := range all {
+		s := &all[i]
+		wait.Go(func() {
+			if _, err := w.d.Run("network", "disconnect", s.on[1], s.name); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wait.Wait()
+	for i := range all {
+		all[i].on = all[i].on[:1]
+	}
 }
 
 // sentAnew is how many packets have left by other interfaces than the first.
@@ -365,27 +400,26 @@ func TestAcceptAttachWindow(t *testing.T) {
 			running := w.start(t, 2*together, w.networks...)
 			w.flows(t, running)
 			mode.down()
-			for n := count(200); n > 0; n -= together {
+			for i := 0; i < count(200); i += together {
 				all := w.start(t, together, w.networks...)
 				w.nothingEscaped(t)
 				if mode.name != "running" {
 					w.unheard(t, all)
 				}
-				if mode.name == "running" || n <= together {
+				if mode.name == "running" || i+together >= count(200) {
 					mode.up()
 					w.flows(t, all)
 					mode.down()
 				}
 				w.remove(t, all)
 			}
-			for i := range count(200) {
-				s := &running[i%len(running)]
-				w.connect(t, s)
+			for i := 0; i < count(200); i += together {
+				some := running[i%len(running):][:together]
+				w.connect(t, some)
 				if mode.name == "running" {
-					w.flows(t, []sender{*s})
+					w.flows(t, some)
 				}
-				w.d.MustRun(t, "network", "disconnect", s.on[1], s.name)
-				s.on = s.on[:1]
+				w.disconnect(t, some)
 				w.nothingEscaped(t)
 			}
 			mode.up()

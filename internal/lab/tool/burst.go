@@ -28,6 +28,7 @@ const (
 func burst(ctx context.Context, args []string) error {
 	f := newFlags("burst")
 	rounds := f.Int("rounds", 20, "number of `times` before it says ready")
+	frames := f.Bool("frames", true, "also past the kernel's stack")
 	if err := f.Parse(args); err != nil {
 		return err
 	}
@@ -40,6 +41,10 @@ func burst(ctx context.Context, args []string) error {
 		targets = append(targets, a)
 	}
 	b := newBurster()
+	if !*frames {
+		unix.Close(b.frames)
+		b.frames = -1
+	}
 	b.round(targets)
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
