@@ -96,6 +96,7 @@ type Daemon struct {
 	changes  []netdev.Change
 	problem  string                  // of the last round, so that it is logged once
 	wrong    map[policy.Problem]bool // of settings, as of the last round
+	sockets  string                  // what last kept sockets from being ended, likewise
 	snapshot *api.Snapshot
 	stored   policy.State // Docker's, as the store has it
 	seats    map[seat]policy.MAC
@@ -177,6 +178,7 @@ func open(cfg Config) (_ *Daemon, err error) {
 	if d.writer, err = bpfmaps.NewWriter(d.loader.Maps()); err != nil {
 		return nil, err
 	}
+	d.writer.Bury = d.bury
 	if d.seed = d.writer.HashSeed(); d.seed == 0 {
 		d.seed = rand.Uint32()
 	}
@@ -543,14 +545,8 @@ func (d *Daemon) apply(in policy.Intents, settings bpfmaps.Settings) error {
 			return err
 		}
 	}
-	res, err := d.writer.Apply(tables, settings)
-	if err != nil {
+	if _, err := d.writer.Apply(tables, settings); err != nil {
 		return err
-	}
-	if res.Removed {
-		if _, err := d.loader.Purge(); err != nil {
-			return err
-		}
 	}
 	d.slots = slots
 	return nil

@@ -99,6 +99,14 @@ func portKey(k policy.PortKey) bpf.DatapathPortKey {
 	return bpf.DatapathPortKey{Addr: addr(k.Host.Addr()), Port: port16(k.Host.Port()), Proto: uint8(k.Proto)}
 }
 
+func fromPortKey(k bpf.DatapathPortKey) policy.PortKey {
+	return policy.PortKey{Proto: policy.Proto(k.Proto), Host: addrPort(k.Addr, k.Port)}
+}
+
+func addrPort(a bpf.DatapathAddr, port uint16) netip.AddrPort {
+	return netip.AddrPortFrom(fromAddr(a), port16(port))
+}
+
 func portValue(r policy.PortRow) bpf.DatapathPort {
 	return bpf.DatapathPort{
 		Addr: addr(r.Target.Addr()), Port: port16(r.Target.Port()), Endpoint: r.Endpoint, Slot: r.Slot,

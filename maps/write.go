@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	stdmaps "maps"
+	"net/netip"
 	"slices"
 
 	"github.com/cilium/ebpf"
@@ -68,6 +69,25 @@ type Writer struct {
 	seed       uint32
 	classBytes []byte              // ports and subnets as written
 	held       map[uint16]struct{} // ports of adopted flows
+
+	// Bury is called by Apply when endpoints or published ports are gone, after they have been taken out
+	// of the maps and before anything new is written: what it ends cannot be a successor's. Nothing new
+	// is written before it has succeeded. Optional.
+	Bury func(Gone) error
+	gone Gone // not buried yet
+}
+
+// Gone is what the maps no longer hold.
+type Gone struct {
+	Any   bool         // flows must be purged
+	Addrs []netip.Addr // of endpoints
+	Ports []GonePort   // that lead elsewhere now, or nowhere
+}
+
+// GonePort is where a published port led.
+type GonePort struct {
+	policy.PortKey
+	Target netip.AddrPort
 }
 
 // NewWriter reads what the maps hold; it changes nothing.
@@ -215,10 +235,8 @@ func desired(t policy.Tables) *realised {
 
 // Result says what an Apply did.
 type Result struct {
-	Changed int // entries of the tables written or deleted; the config is not counted
-	// Removed is set if an endpoint or a published port went: its flows must be purged before the
-	// next Apply, which may use its slot again.
-	Removed bool
+	Changed int  // entries of the tables written or deleted; the config is not counted
+	Removed bool // an endpoint or a published port went, or became another
 }
 
 // Apply brings the maps to the tables and settings. What is new is added from the general to the
@@ -236,20 +254,27 @@ func (w *Writer) Apply(t policy.Tables, s Settings) (Result, error) {
 	m := w.m.m
 
 	// Away with what is gone, the most specific first.
+	w.note(want)
 	do(remove(m["ports"], w.have.ports, want.ports))
 	do(remove(m["open_ports"], w.have.open, want.open))
 	do(remove(m["trusted"], w.have.trusted, want.trusted))
-	removedPorts, err := zero(m["port_slots"], w.have.portSlots, want.portSlots)
+	removedPorts, err := zero(m["port_slots"], w.have.portSlots, want.portSlots, same)
 	do(removedPorts, err)
 	do(remove(m["allowed_sources"], w.have.sources, want.sources))
 	do(remove(m["pairs"], w.have.pairs, want.pairs))
 	do(remove(m["links"], w.have.links, want.links))
-	removedSlots, err := zero(m["endpoint_slots"], w.have.slots, want.slots)
+	removedSlots, err := zero(m["endpoint_slots"], w.have.slots, want.slots, sameEndpoint)
 	do(removedSlots, err)
 	do(remove(m["endpoints"], w.have.addrs, want.addrs))
 	do(remove(m["masquerade_addrs"], w.have.masq, want.masq))
 	do(remove(m["host_addrs"], w.have.hostAddrs, want.hostAddrs))
-	res.Removed = removedPorts > 0 || removedSlots > 0 || replaced(w.have.slots, want.slots)
+	res.Removed = removedPorts > 0 || removedSlots > 0
+	if w.gone.Any = w.gone.Any || res.Removed; w.gone.Any && w.Bury != nil {
+		if err := w.Bury(w.gone); err != nil {
+			return res, errors.Join(append(errs, err)...)
+		}
+	}
+	w.gone = Gone{}
 
 	// What is new, the most general first. Subnets are guarded before anybody lives in them.
 	do(put(m["network_slots"], w.have.networks, want.networks))
@@ -272,7 +297,7 @@ func (w *Writer) Apply(t policy.Tables, s Settings) (Result, error) {
 	do(put(m["open_ports"], w.have.open, want.open))
 
 	do(remove(m["subnets"], w.have.subnets, want.subnets))
-	do(zero(m["network_slots"], w.have.networks, want.networks))
+	do(zero(m["network_slots"], w.have.networks, want.networks, same))
 	errs = append(errs, w.writeConfig(s, res.Changed > 0))
 	return res, errors.Join(errs...)
 }
@@ -294,23 +319,43 @@ func remove[K, V comparable](m *ebpf.Map, have, want map[K]V) (int, error) {
 	return n, errors.Join(errs...)
 }
 
-// replaced reports whether an endpoint changed: to the flows of the old one that is as good as gone.
-func replaced(have, want map[uint32]bpf.DatapathEndpoint) bool {
-	for slot, h := range have {
-		if w, ok := want[slot]; ok && w != h {
-			return true
-		}
-	}
-	return false
+// sameEndpoint reports whether a row is still about the same interface and addresses: to the flows of
+// the old one, an endpoint that has others is as good as gone.
+func sameEndpoint(have, want bpf.DatapathEndpoint) bool {
+	var none bpf.DatapathAddr
+	return have.Ifindex == want.Ifindex && (have.Addr4 == 0 || have.Addr4 == want.Addr4) &&
+		(have.Addr6 == none || have.Addr6 == want.Addr6)
 }
 
-// zero is remove for arrays.
-func zero[V comparable](m *ebpf.Map, have, want map[uint32]V) (int, error) {
+// note remembers what is about to go.
+func (w *Writer) note(want *realised) {
+	for slot, h := range w.have.slots {
+		if v, ok := want.slots[slot]; ok && sameEndpoint(h, v) {
+			continue
+		}
+		if a := fromAddr4(h.Addr4); a.IsValid() {
+			w.gone.Addrs = append(w.gone.Addrs, a)
+		}
+		if h.Addr6 != (bpf.DatapathAddr{}) {
+			w.gone.Addrs = append(w.gone.Addrs, fromAddr(h.Addr6))
+		}
+	}
+	for k, h := range w.have.ports {
+		if v, ok := want.ports[k]; !ok || v != h {
+			w.gone.Ports = append(w.gone.Ports, GonePort{PortKey: fromPortKey(k), Target: addrPort(h.Addr, h.Port)})
+		}
+	}
+}
+
+func same[V any](V, V) bool { return true }
+
+// zero is remove for arrays. An element that is no longer the same goes too, to be written anew.
+func zero[V comparable](m *ebpf.Map, have, want map[uint32]V, same func(have, want V) bool) (int, error) {
 	n := 0
 	var errs []error
 	var none V
-	for k := range have {
-		if _, ok := want[k]; ok {
+	for k, h := range have {
+		if v, ok := want[k]; ok && same(h, v) {
 			continue
 		}
 		if err := m.Put(k, none); err != nil {
