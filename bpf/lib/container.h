@@ -99,12 +99,17 @@ static __always_inline int container_l2(struct __sk_buff *skb, struct scratch *s
 	return err ? drop_from(skb, slot, -err) : VERDICT_OPEN;
 }
 
+static __always_inline bool masquerades(const struct network *net, const bool v6)
+{
+	return net->flags & NETWORK_MASQUERADE && mode_of(net, v6) != GATEWAY_ROUTED;
+}
+
 /* Out into the world: the kernel's route, masqueraded where the network says so. A verdict. */
 static __always_inline int container_egress(struct __sk_buff *skb, struct scratch *s, __u32 slot,
 					    const struct endpoint *ep, const struct network *net,
 					    const bool v6)
 {
-	bool masquerade = net->flags & NETWORK_MASQUERADE && mode_of(net, v6) != GATEWAY_ROUTED;
+	bool masquerade = masquerades(net, v6);
 	bool source = v6 ? !addr_is_zero(&net->source6) : net->source4 != 0;
 	const struct packet *p = &s->packet;
 	struct plan *n = &s->plan;
@@ -148,6 +153,21 @@ static __always_inline int container_egress(struct __sk_buff *skb, struct scratc
 	return VERDICT_OPEN;
 }
 
+/* Whether the published port that the flow came by still leads where it goes. */
+static __always_inline bool port_leads(const struct packet *p, const struct flow *f, const bool v6)
+{
+	__u32 slot = f->port;
+	struct port_slot *live = bpf_map_lookup_elem(&port_slots, &slot);
+	struct port *port;
+
+	if (!live || !live->live)
+		return false;
+	if (!(f->flags & FLOW_ORIGIN))
+		return true;
+	port = port_find(p, v6);
+	return port && port->slot == slot && port->endpoint == f->peer;
+}
+
 /*
  * An entry made under an older policy or route: judged again. 1: still good; 0: gone, the packet
  * opens a flow anew; -REASON: no longer allowed.
@@ -164,6 +184,8 @@ static __always_inline int flow_renew(struct __sk_buff *skb, struct flow *f, str
 
 	if (!owner || owner->sandbox != ep->sandbox)
 		return 0;
+	if (f->port && f->flags & FLOW_NAT && !port_leads(p, f, v6))
+		return f->flags & FLOW_ORIGIN ? 0 : -REASON_STALE_FLOW;
 	switch (flow_out(f)) {
 	case HOOK_CONTAINER:
 		peer = endpoint_get(f->peer);
@@ -195,6 +217,9 @@ static __always_inline int flow_renew(struct __sk_buff *skb, struct flow *f, str
 			if (lets_in(owner->net, ANY_DEVICE, cfg->accept_mark, v6) < 0)
 				return -REASON_DIRECT_ACCESS;
 		}
+		/* Masquerading was switched on or off. */
+		if (f->flags & FLOW_ORIGIN && !(f->flags & FLOW_SNAT) == masquerades(net, v6))
+			return 0;
 		n->flags = 0;
 		s->route.from = f->flags & FLOW_SNAT ? p->saddr : from;
 		s->route.bridge = net->ifindex;

@@ -23,8 +23,8 @@ __noinline int uplink_direct6(struct __sk_buff *skb)
 	return s ? plan_direct(skb, s, skb->ifindex, true) : -REASON_DIRECT_ACCESS;
 }
 
-/* What found no flow. A verdict. */
-static __always_inline int uplink_slow(struct __sk_buff *skb, struct scratch *s, const bool v6)
+/* What found no flow, or one of an older policy. A verdict. */
+static __always_inline int uplink_judge(struct __sk_buff *skb, struct scratch *s, const bool v6)
 {
 	struct packet *p = &s->packet;
 	__u32 zero = 0;
@@ -81,6 +81,79 @@ static __always_inline int uplink_slow(struct __sk_buff *skb, struct scratch *s,
 	return VERDICT_OPEN;
 }
 
+/*
+ * Whether an older flow is what its packet would open now. Source and source port are its own: they may
+ * have been chosen to tell it from another.
+ */
+static __always_inline bool flow_as_planned(struct flow *f, const struct plan *n, const bool v6)
+{
+	struct addr to;
+
+	if (flow_out(f) != n->reverse_hook || f->ifindex != n->ifindex || f->peer != n->peer ||
+	    f->port != n->port || f->dport != n->dport || (f->flags ^ n->flags) & FLOW_SNAT)
+		return false;
+	if (v6)
+		to = ((struct flow6 *)f)->daddr;
+	else
+		addr_from_v4(&to, ((struct flow4 *)f)->daddr);
+	return addr_equal(&to, &n->daddr);
+}
+
+/* An answer from an uplink, or the stack's own: the opening side is judged where it opens. 0 or -REASON. */
+static __always_inline int answer_renew(const struct flow *f)
+{
+	struct endpoint *peer = endpoint_get(f->peer);
+	struct network *net;
+
+	if (!flow_out(f))
+		return 0;
+	if (!peer || peer->ifindex != f->ifindex)
+		return -REASON_STALE_FLOW;
+	net = network_get(peer->net);
+	return net && net->flags & NETWORK_INTERNAL ? -REASON_INTERNAL : 0;
+}
+
+/* A packet with no flow, or with one that was opened under an older policy. A verdict. */
+static __always_inline int uplink_slow(struct __sk_buff *skb, struct scratch *s, const bool v6)
+{
+	struct packet *p = &s->packet;
+	struct config *cfg = config_get();
+	struct flow *f = NULL;
+	__u8 flags = p->tcp_flags;
+	int verdict, err;
+
+	if (!cfg)
+		return PASS;
+	if (!(p->flags & (PACKET_ICMP_ERROR | PACKET_PORTS_LOST)))
+		f = flow_find_slow(s, v6);
+	if (f && (!flow_out(f) || !(f->flags & FLOW_ORIGIN))) {
+		err = answer_renew(f);
+		if (err) {
+			flow_forget(p, p->hook, f, v6);
+			return drop(skb, p->hook, -err);
+		}
+		f->generation = cfg->generation;
+		fragments_lost(p);
+		return VERDICT_FORWARD;
+	}
+	if (f)
+		p->tcp_flags &= ~TCP_RST; /* it may end a flow, though it could not open one */
+	verdict = uplink_judge(skb, s, v6);
+	if (!f)
+		return verdict;
+	p->tcp_flags = flags;
+	if (verdict == VERDICT_OPEN && flow_as_planned(f, &s->plan, v6)) {
+		__builtin_memcpy(f->dmac, s->plan.dmac, 6);
+		__builtin_memcpy(f->smac, s->plan.smac, 6);
+		f->generation = cfg->generation;
+		return VERDICT_FORWARD;
+	}
+	flow_forget(p, p->hook, f, v6);
+	if (verdict == VERDICT_OPEN && flags & TCP_RST)
+		return drop(skb, p->hook, REASON_NO_FLOW);
+	return verdict;
+}
+
 __noinline int uplink_slow4(struct __sk_buff *skb)
 {
 	struct scratch *s = scratch_get();
@@ -122,10 +195,8 @@ static __always_inline int uplink_ip(struct __sk_buff *skb, struct scratch *s, c
 		p->flags |= fragment_ports(skb);
 	if (!(p->flags & (PACKET_ICMP_ERROR | PACKET_PORTS_LOST))) {
 		f = flow_find(p, p->hook, v6);
-		if (f) {
-			cfg = config_get();
-			if (cfg && f->generation != (__u16)cfg->generation)
-				f->generation = cfg->generation;
+		cfg = config_get();
+		if (f && cfg && f->generation == (__u16)cfg->generation) {
 			fragments_lost(p);
 			if (p->tcp_flags & (TCP_SYN | TCP_FIN))
 				flow_tcp_turn(p, f, v6);

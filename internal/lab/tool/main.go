@@ -27,6 +27,7 @@ var commands = map[string]struct {
 	"stun":          {stun, "UDP servers that answer with the source address they see"},
 	"udp-sink":      {udpSink, "count datagrams"},
 	"get":           {get, "one exchange over TCP or UDP"},
+	"talk":          {talk, "an exchange for each line of standard input, on one socket"},
 	"stream":        {stream, "a long exchange of numbered messages, every echo checked"},
 	"flood-connect": {floodConnect, "connect and close at full rate"},
 	"burst":         {burst, "send in every way to many, from the first instruction on"},
