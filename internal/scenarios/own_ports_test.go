@@ -133,7 +133,11 @@ func TestOwnPublishWhileRunning(t *testing.T) {
 	w.b.MustCLI(t, "stop", "web")
 	assert.Empty(t, w.b.Snapshot(t).Ports)
 	w.b.MustCLI(t, "start", "web")
-	w.b.WaitLog(t, "web", "ready")
+	// Its log tells of the first run too.
+	lab.Eventually(t, 20*time.Second, "the restarted server answers", func() bool {
+		_, err := w.Client.Get("--timeout", noAnswer.String(), at(lab.Host4, 8080))
+		return err == nil
+	})
 	peer("tcp", lab.Host4, 8080)
 }
 
