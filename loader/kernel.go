@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -141,6 +142,18 @@ func Cleanup(p Paths, c Classifier) error {
 	var errs []error
 	list, err := pinned(p.BPFFS)
 	errs = append(errs, err)
+	// What drops packets of the host's stack goes before what keeps them from it: where others' rules
+	// stand ready, flows go on.
+	order := []string{FromBridge, ToUplink, ToUplinkL3, ToContainer, FromContainer}
+	slices.SortStableFunc(list, func(a, b Attachment) int {
+		at := func(x Attachment) int {
+			if i := slices.Index(order, x.Program); i >= 0 {
+				return i
+			}
+			return len(order)
+		}
+		return at(a) - at(b)
+	})
 	for _, a := range list {
 		path := filepath.Join(linksDir(p.BPFFS), pinName(a.Program, a.Ifindex))
 		k, err := link.LoadPinnedLink(path, nil)

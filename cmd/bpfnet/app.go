@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/bpfnet/bpfnet/daemon"
+	"github.com/bpfnet/bpfnet/doctor"
 	"github.com/bpfnet/bpfnet/loader"
 	"github.com/bpfnet/bpfnet/maps"
 	"github.com/bpfnet/bpfnet/netdev"
@@ -46,6 +47,9 @@ type App struct {
 	RemovePrograms func(loader.Paths) error
 	RestoreSysctls func([]store.Change) error
 	RemoveOwn      func(st *store.Store, dir, cgroup string, force bool) error
+	Handover       func(context.Context) (doctor.Handover, error)
+	HandFlows      func(bpffs string) (int, error)
+	CloseForward   func(context.Context, doctor.Handover) error
 
 	paths daemon.Paths
 }
@@ -61,7 +65,7 @@ type counters interface {
 }
 
 func newApp() *App {
-	return &App{
+	a := &App{
 		Stdout:     os.Stdout,
 		Stderr:     os.Stderr,
 		Now:        time.Now,
@@ -90,7 +94,11 @@ func newApp() *App {
 			}
 			return netdev.Restore(back)
 		},
+		HandFlows:    handFlows,
+		CloseForward: closeForward,
 	}
+	a.Handover = a.handover
+	return a
 }
 
 // The exit statuses. A usage error changes nothing and has looked at nothing. Run and exec have those of

@@ -20,6 +20,7 @@ import (
 
 	"github.com/bpfnet/bpfnet/api"
 	"github.com/bpfnet/bpfnet/daemon"
+	"github.com/bpfnet/bpfnet/doctor"
 	"github.com/bpfnet/bpfnet/loader"
 	"github.com/bpfnet/bpfnet/store"
 )
@@ -44,6 +45,7 @@ type world struct {
 	removeErr error
 	sysctlErr error
 	ownErr    error
+	handover  doctor.Handover
 }
 
 func newWorld(t *testing.T) *world {
@@ -71,6 +73,15 @@ func newWorld(t *testing.T) *world {
 			assert.Equal(t, w.bpffs(), p.BPFFS)
 			w.calls = append(w.calls, "remove programs")
 			return w.removeErr
+		},
+		Handover: func(context.Context) (doctor.Handover, error) { return w.handover, nil },
+		HandFlows: func(string) (int, error) {
+			w.calls = append(w.calls, "hand flows over")
+			return 3, nil
+		},
+		CloseForward: func(_ context.Context, to doctor.Handover) error {
+			w.calls = append(w.calls, fmt.Sprintf("close FORWARD %t %t", to.V4, to.V6))
+			return nil
 		},
 		RemoveOwn: func(_ *store.Store, dir, _ string, force bool) error {
 			assert.Equal(t, filepath.Join(w.state(), daemon.SandboxDir), dir)
@@ -453,4 +464,52 @@ func TestCleanupRemovesNoFileThatIsNoSocket(t *testing.T) {
 	require.NoError(t, st.Close())
 	w.must("cleanup")
 	assert.FileExists(t, w.socket())
+}
+
+// What becomes of Docker's networks: nothing is done that opens them unasked, and an Engine that goes on
+// keeps forwarding and gets the flows.
+func TestCleanupForDocker(t *testing.T) {
+	w := newWorld(t)
+	leave := func() {
+		t.Helper()
+		st, err := store.Open(w.state())
+		require.NoError(t, err)
+		require.NoError(t, st.SetSysctls([]store.Change{
+			{Path: "net/ipv4/ip_forward", Old: "0", New: "1"},
+			{Path: "net/ipv4/conf/eth0/forwarding", Old: "0", New: "1", Side: true},
+			{Path: "net/ipv6/conf/all/forwarding", Old: "0", New: "1"},
+			{Path: "net/ipv6/conf/eth0/accept_ra", Old: "1", New: "2"},
+			{Path: "net/bridge/bridge-nf-call-iptables", Old: "1", New: "0"},
+		}))
+		require.NoError(t, st.Close())
+		w.calls = nil
+	}
+	leave()
+	w.handover = doctor.Handover{V4: true, Open: []string{"red (IPv4)", "red (IPv6)"}}
+	assert.Contains(t, w.fails(1, "cleanup"), "without rules of an Engine these networks would stand open: red (IPv4), red (IPv6);")
+	assert.Empty(t, w.calls)
+	w.handover.V4 = false
+	out := w.must("cleanup", "--leave-open")
+	assert.NotContains(t, out, "handed")
+	assert.Len(t, w.calls, 3, "all settings go back: %v", w.calls)
+
+	leave()
+	w.handover = doctor.Handover{V4: true}
+	out = w.must("cleanup")
+	assert.Equal(t, []string{
+		"remove own, force false", "close FORWARD true false",
+		"restore [{net/ipv6/conf/all/forwarding 0 1 false} {net/ipv6/conf/eth0/accept_ra 1 2 false} {net/bridge/bridge-nf-call-iptables 1 0 false}]",
+		"hand flows over", "remove programs",
+	}, w.calls)
+	assert.Contains(t, out, "flows handed to netfilter: 3\n")
+
+	// Forwarding that somebody else turned on is no business of ours.
+	leave()
+	st, err := store.Open(w.state())
+	require.NoError(t, err)
+	require.NoError(t, st.SetSysctls([]store.Change{{Path: "p", Old: "0", New: "1"}}))
+	require.NoError(t, st.Close())
+	w.handover = doctor.Handover{V4: true, V6: true}
+	w.must("cleanup")
+	assert.Equal(t, []string{"remove own, force false", "restore [{p 0 1 false}]", "hand flows over", "remove programs"}, w.calls)
 }

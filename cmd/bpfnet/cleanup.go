@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -21,25 +22,32 @@ import (
 )
 
 func (a *App) cleanupCommand() *cobra.Command {
-	var force bool
+	var force, leaveOpen bool
 	cmd := &cobra.Command{
 		Use:   "cleanup",
 		Short: "Remove everything that the daemon left on this host",
 		Long: `Remove everything that the daemon left on this host: programs, links, maps,
 networks of bpfnet's own, the state directory's files and the socket. Settings of
 the host (sysctls) that the daemon changed get their old values back, unless
-somebody else has changed them since. Docker's containers lose their published
-ports and the way out until a daemon runs again.
+somebody else has changed them since.
+
+Where an Engine makes rules of its own again, it goes on with Docker's networks:
+flows are handed to netfilter with their translation, and forwarding stays on, with
+the FORWARD policy DROP that the Engine would have set with it. Where no rules of
+an Engine stand for a network of Docker's, cleanup is refused, as its containers
+would be open to each other and to the world; --leave-open does it nonetheless.
+They have neither published ports nor a way out then, until a daemon runs again.
 
 Refused while a daemon runs, or a sandbox of bpfnet's own: stop it first.`,
 		Args: exactArgs(),
-		RunE: func(cmd *cobra.Command, _ []string) error { return a.cleanup(cmd.Context(), force) },
+		RunE: func(cmd *cobra.Command, _ []string) error { return a.cleanup(cmd.Context(), force, leaveOpen) },
 	}
 	cmd.Flags().BoolVarP(&force, "force", "f", false, "end sandboxes that run")
+	cmd.Flags().BoolVar(&leaveOpen, "leave-open", false, "go on where networks of Docker's are left without anything that guards them")
 	return cmd
 }
 
-func (a *App) cleanup(ctx context.Context, force bool) error {
+func (a *App) cleanup(ctx context.Context, force, leaveOpen bool) error {
 	if err := a.checkPrivilege(); err != nil {
 		return err
 	}
@@ -63,11 +71,25 @@ func (a *App) cleanup(ctx context.Context, force bool) error {
 	if err != nil {
 		return err
 	}
+	to, err := a.Handover(ctx)
+	switch {
+	case err != nil && !leaveOpen:
+		return fmt.Errorf("see whether Docker's networks would stand open: %w; --leave-open goes on nonetheless", err)
+	case len(to.Open) > 0 && !leaveOpen:
+		return fmt.Errorf(`without rules of an Engine these networks would stand open: %s; take "iptables": false and "ip6tables": false out of the Engine's settings and restart it, or go on with --leave-open`, strings.Join(to.Open, ", "))
+	}
 	// While the programs still guard them.
 	if err := a.RemoveOwn(st, filepath.Join(a.paths.State, daemon.SandboxDir), cgroup, force); err != nil {
 		return err
 	}
 	// Settings first: once the programs are gone, nothing isolates what a forwarding host forwards.
+	changes, kept := forDocker(changes, to)
+	if kept.V4 || kept.V6 {
+		if err := a.CloseForward(ctx, kept); err != nil {
+			return fmt.Errorf("%w; nothing was changed", err)
+		}
+		fmt.Fprintln(a.Stdout, "forwarding stays on for Docker; the FORWARD policy is DROP, as the Engine sets it")
+	}
 	if err := a.RestoreSysctls(changes); err != nil {
 		return fmt.Errorf("restore settings: %w; the rest is left as it was, try again", err)
 	}
@@ -76,6 +98,14 @@ func (a *App) cleanup(ctx context.Context, force bool) error {
 	}
 	if n := len(changes); n > 0 {
 		fmt.Fprintf(a.Stdout, "restored settings: %d\n", n)
+	}
+	// As late as can be: what begins after it is cut.
+	if to.V4 || to.V6 {
+		n, err := a.HandFlows(a.paths.BPFFS)
+		if err != nil {
+			fmt.Fprintln(a.Stderr, "bpfnet: cleanup: some flows end:", oneLine(err.Error()))
+		}
+		fmt.Fprintf(a.Stdout, "flows handed to netfilter: %d\n", n)
 	}
 	if err := a.removePrograms(cgroup); err != nil {
 		return err

@@ -246,7 +246,10 @@ func TestAcceptLife(t *testing.T) {
 				require.Empty(t, tcx)
 			}
 			require.NotZero(t, w.cgroupPrograms(t))
-			w.b.MustCLI(t, "cleanup")
+			_, err := w.b.CLI("cleanup")
+			require.ErrorContains(t, err, "these networks would stand open: blue (IPv4), blue (IPv6)")
+			require.NotZero(t, w.cgroupPrograms(t), "a refusal changes nothing")
+			w.b.MustCLI(t, "cleanup", "--leave-open")
 			w.clean(t, before)
 		})
 	}
