@@ -3,6 +3,7 @@
 package scenarios
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
 	"os"
@@ -51,9 +52,12 @@ func answered(t *testing.T, m *maps.Maps, probes ...probe) {
 	for _, p := range probes {
 		wait.Go(func() {
 			if p.network == "icmp" {
-				a, err := netip.ParseAddr(p.to)
-				if err != nil || len(ttls(p.from, a, 1)) != 1 {
-					t.Errorf("%v: no answer (%v)", p, err)
+				// Patient: an answer is to come, on a busy machine too.
+				ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+				defer cancel()
+				out, _ := p.from.Run(ctx, "ping", "-n", "-c", "1", "-W", "5", p.to)
+				if len(ttlsIn(out)) != 1 {
+					t.Errorf("%v: no answer: %s", p, out)
 				}
 				return
 			}
@@ -81,11 +85,12 @@ func unanswerable(t *testing.T, m *maps.Maps, probes ...probe) {
 	t.Helper()
 	require.NotEmpty(t, probes)
 	before := readCounters(t, m)
-	want := counters{}
+	want, tcp := counters{}, map[string]bool{}
 	var wait sync.WaitGroup
 	for _, p := range probes {
 		if p.why != "" {
 			want[p.why]++
+			tcp[p.why] = tcp[p.why] || p.network == "tcp"
 		}
 		wait.Go(func() {
 			if p.network == "icmp" {
@@ -106,7 +111,13 @@ func unanswerable(t *testing.T, m *maps.Maps, probes ...probe) {
 		})
 	}
 	wait.Wait()
-	assert.Equal(t, want, since(t, m, before).drops(), "how it was counted")
+	got := since(t, m, before).drops()
+	for why, n := range got {
+		if n > want[why] && want[why] > 0 && tcp[why] { // a busy machine lets a SYN be sent again
+			got[why] = want[why]
+		}
+	}
+	assert.Equal(t, want, got, "how it was counted")
 }
 
 // each makes probes by TCP and UDP from one template to several addresses, on one port; those of

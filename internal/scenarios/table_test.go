@@ -43,6 +43,7 @@ var scenarios = []scenario{
 
 var dockerScenarios = []scenario{
 	{"S01-compose", s01},
+	{"S06-link-names", s06},
 	{"S14-links", s14},
 	{"S17-macvlan", s17},
 	{"S20-swarm", s20},
