@@ -55,6 +55,9 @@ type Config struct {
 	// one of the pools, and a generated IPv6 one.
 	DefaultSubnets []netip.Prefix
 
+	// NoRelay leaves IPv6 addresses unpublished for containers with IPv4 only, where the Engine does.
+	NoRelay bool
+
 	Version string
 	Logger  *slog.Logger
 	// Banner is written once when the daemon serves: what it attached to and what to type next.

@@ -26,6 +26,7 @@ import (
 	bpfmaps "github.com/bpfnet/bpfnet/maps"
 	"github.com/bpfnet/bpfnet/netdev"
 	"github.com/bpfnet/bpfnet/policy"
+	"github.com/bpfnet/bpfnet/relay"
 	"github.com/bpfnet/bpfnet/store"
 )
 
@@ -63,6 +64,7 @@ type Daemon struct {
 	writer   *bpfmaps.Writer
 	docker   *docker.Source // nil: off
 	own      *embedded.Manager
+	relay    *relay.Keeper
 	timeouts map[string]time.Duration
 	cookie   uint64
 	seed     uint32
@@ -94,9 +96,11 @@ type Daemon struct {
 	seen     policy.Devices
 	strict   *strict // nil: off
 	changes  []netdev.Change
-	problem  string                  // of the last round, so that it is logged once
-	wrong    map[policy.Problem]bool // of settings, as of the last round
-	sockets  string                  // what last kept sockets from being ended, likewise
+	relayed  map[policy.PortKey]bool  // what the relay holds
+	unheld   map[policy.PortKey]error // what it does not, and why
+	problem  string                   // of the last round, so that it is logged once
+	wrong    map[policy.Problem]bool  // of settings, as of the last round
+	sockets  string                   // what last kept sockets from being ended, likewise
 	snapshot *api.Snapshot
 	stored   policy.State // Docker's, as the store has it
 	seats    map[seat]policy.MAC
@@ -163,6 +167,7 @@ func open(cfg Config) (_ *Daemon, err error) {
 		Store: d.store, Devices: d.devices, Log: d.log,
 		Dir: filepath.Join(cfg.State, SandboxDir), Cgroup: cfg.Cgroup, DefaultSubnets: cfg.DefaultSubnets,
 		Foreign: d.foreign, Guard: d.guard, Apply: d.Flush, Ready: d.ready, Show: d.show,
+		Relayed: func(key policy.PortKey) bool { return d.relay.Has(key) },
 	})
 	if err != nil {
 		return nil, err
@@ -182,6 +187,10 @@ func open(cfg Config) (_ *Daemon, err error) {
 	if d.seed = d.writer.HashSeed(); d.seed == 0 {
 		d.seed = rand.Uint32()
 	}
+	d.relay = relay.NewKeeper(relay.KeeperOptions{
+		Dir: cfg.State, Cgroup: cfg.Cgroup, Version: cfg.Version, Log: d.log,
+		Held: d.own.Held, Lost: d.relayLost,
+	})
 	return d, d.openStrict()
 }
 
@@ -212,6 +221,9 @@ func (d *Daemon) remember() error {
 func (d *Daemon) close() {
 	if d.own != nil {
 		d.own.Close()
+	}
+	if d.relay != nil {
+		d.relay.Close()
 	}
 	if d.strict != nil {
 		d.strict.close()
@@ -472,7 +484,9 @@ func (d *Daemon) reconcile() (err error) {
 	errs = append(errs, err)
 	pairs, err := d.store.Allowed()
 	errs = append(errs, err)
-	in := policy.Intents{State: state, Devices: devices, Attached: d.attached, DirectRouting: d.cfg.AllowDirectRouting}
+	in := policy.Intents{
+		State: state, Devices: devices, Attached: d.attached, Relayed: d.relayed, DirectRouting: d.cfg.AllowDirectRouting,
+	}
 	for _, p := range pairs {
 		in.Allowed = append(in.Allowed, [2]string{p.A, p.B})
 	}
@@ -501,6 +515,13 @@ func (d *Daemon) reconcile() (err error) {
 		errs = append(errs, d.apply(in, settings), d.count(adopted))
 	} else if renew {
 		errs = append(errs, d.writer.Renew())
+	}
+	// What the relay holds is published; what it cannot get may be another program's.
+	relayed, err := d.relayPorts(reported, resync)
+	ofDevices = append(ofDevices, err)
+	if relayed {
+		in.Relayed = d.relayed
+		errs = append(errs, d.apply(in, settings))
 	}
 	errs = append(errs, d.announceMoves(state, devices))
 	d.report()

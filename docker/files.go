@@ -44,7 +44,7 @@ func readWish(root, id string) (wish, error) {
 	if err := readJSON(filepath.Join(dir, "hostconfig.json"), &hc); err != nil {
 		return wish{}, err
 	}
-	w := wish{fixed: fixedBindings(hc), anywhere: anywhereBindings(hc), links: linkedNames(hc.Links)}
+	w := wish{known: true, fixed: fixedBindings(hc), asked: askedBindings(hc), anywhere: anywhereBindings(hc), links: linkedNames(hc.Links)}
 	var cc containerConfig
 	if err := readJSON(filepath.Join(dir, "config.v2.json"), &cc); err != nil {
 		return w, err
@@ -70,45 +70,41 @@ func readJSON(path string, v any) error {
 	return nil
 }
 
-// parsePort reads a container's port: "80/tcp".
-func parsePort(s string) (policy.Proto, uint16, bool) {
-	num, name, _ := strings.Cut(s, "/")
-	port, err := strconv.ParseUint(num, 10, 16)
-	if err != nil || port == 0 {
-		return 0, 0, false
-	}
-	proto, err := policy.ParseProto(strings.ToLower(name))
-	return proto, uint16(port), err == nil
-}
-
-// anywhereBindings returns the bindings that name 0.0.0.0 or [::] themselves, with the host's port where
-// there is exactly one.
-func anywhereBindings(hc hostConfig) map[binding]bool {
-	out := make(map[binding]bool)
-	for key, list := range hc.PortBindings {
-		proto, target, ok := parsePort(key)
-		for _, pb := range list {
-			a, err := netip.ParseAddr(pb.HostIP)
-			if !ok || err != nil || !a.IsUnspecified() {
-				continue
-			}
-			hp, err := strconv.ParseUint(pb.HostPort, 10, 16)
-			if err != nil {
-				hp = 0
-			}
-			out[binding{proto: proto, target: target, hostIP: a, hostPort: uint16(hp)}] = true
+			out = append(out, name)
 		}
 	}
 	return out
 }
 
-// linkedNames are the containers of links, which read "name:alias", or "/name:/own-name/alias".
-func linkedNames(links []string) []string {
-	var out []string
-	for _, l := range links {
-		name, _, _ := strings.Cut(l, ":")
-		if name = strings.TrimPrefix(name, "/"); name != "" {
-			out = append(out, name)
+// askedBindings returns all bindings as they were asked for. What cannot be read is left out, as the
+// Engine would have refused it.
+func askedBindings(hc hostConfig) []asked {
+	var out []asked
+	for key, list := range hc.PortBindings {
+		proto, target, ok := parsePort(key)
+		if !ok {
+			continue
+		}
+		for _, pb := range list {
+			a := asked{proto: proto, target: target, last: 65535}
+			if pb.HostIP != "" {
+				var err error
+				if a.hostIP, err = netip.ParseAddr(pb.HostIP); err != nil {
+					continue
+				}
+				a.hostIP = a.hostIP.Unmap()
+			}
+			first, last, isRange := strings.Cut(pb.HostPort, "-")
+			if !isRange {
+				last = first
+			}
+			if n, err := strconv.ParseUint(first, 10, 16); err == nil && n != 0 {
+				a.first, a.last = uint16(n), uint16(n)
+			}
+			if n, err := strconv.ParseUint(last, 10, 16); err == nil && n != 0 {
+				a.last = uint16(n)
+			}
+			out = append(out, a)
 		}
 	}
 	return out

@@ -50,14 +50,40 @@ type exposed struct {
 
 // wish is what a container asked for when it was made.
 type wish struct {
+	known bool // it could be read
 	name  string
 	fixed []binding // those of its bindings that leave no choice
+	asked []asked   // all of them, but for -P
 	// anywhere are those that were asked for on all of the host's addresses, host port 0 where it was
 	// left open.
 	anywhere map[binding]bool
 	allowed  []netip.Prefix
 	links    []string // names or IDs of containers that it is linked to
 	exposed  []exposed
+}
+
+// asked is a published port in the words of -p: a range of host ports, first 0 for any.
+type asked struct {
+	proto       policy.Proto
+	target      uint16
+	hostIP      netip.Addr // zero: none given
+	first, last uint16
+}
+
+// onlyIPv4 reports whether an allocated binding to 0.0.0.0 was asked for in those words; without an
+// address it would stand for IPv6 too.
+func (w wish) onlyIPv4(b binding) bool {
+	only := false
+	for _, a := range w.asked {
+		if a.proto != b.proto || a.target != b.target || b.hostPort < a.first || b.hostPort > a.last {
+			continue
+		}
+		if !a.hostIP.IsValid() {
+			return false
+		}
+		only = only || a.hostIP == netip.IPv4Unspecified()
+	}
+	return only
 }
 
 // translateNetwork returns a bridge network with its endpoints and what is wrong with its options, and
@@ -285,6 +311,20 @@ func buildState(networks []network.Inspect, wishes map[string]wish, runs map[str
 		}
 	}
 
+	for _, id := range sandboxes {
+		r, ok := runs[id]
+		v4, v6 := policy.GatewayEndpoints(gateways[id])
+		if !ok || !r.current(gateways[id]) || v4 == "" || v6 != "" {
+			continue
+		}
+		for _, p := range relayPorts(r.bindings, wishes[id], narrowed[v4]) {
+			if _, taken := policy.Taken(st.Ports, p.Proto, p.Host); !taken {
+				p.EndpointID = v4
+				st.Ports = append(st.Ports, p)
+			}
+		}
+	}
+
 	slices.SortFunc(st.Networks, func(a, b policy.Network) int { return cmp.Compare(a.ID, b.ID) })
 	slices.SortFunc(st.Endpoints, func(a, b policy.Endpoint) int {
 		return cmp.Or(cmp.Compare(a.ID, b.ID), cmp.Compare(a.NetworkID, b.NetworkID))
@@ -323,6 +363,32 @@ func openings(eps []policy.Endpoint, wishes map[string]wish) []policy.Opening {
 		return cmp.Or(cmp.Compare(a.From, b.From), cmp.Compare(a.To, b.To), cmp.Compare(a.Proto, b.Proto), cmp.Compare(a.Port, b.Port))
 	})
 	return slices.Compact(out)
+}
+
+// relayPorts are the IPv6 host ports of a container with IPv4 only that its userland proxy would hold
+// and that an Engine without one leaves out. Where there is any, the proxy is on.
+// narrowed says that no host address means another than all.
+func relayPorts(bindings []binding, w wish, narrowed bool) []policy.Port {
+	if !w.known || slices.ContainsFunc(bindings, func(b binding) bool { return b.hostIP.Is6() }) {
+		return nil
+	}
+	var out []policy.Port
+	add := func(b binding, host netip.Addr) {
+		if b.proto != policy.SCTP {
+			out = append(out, policy.Port{Proto: b.proto, Host: netip.AddrPortFrom(host, b.hostPort), Target: b.target, Relay: true})
+		}
+	}
+	for _, b := range bindings {
+		if (!b.hostIP.IsValid() || b.hostIP == netip.IPv4Unspecified()) && !narrowed && !w.onlyIPv4(b) {
+			add(b, netip.IPv6Unspecified())
+		}
+	}
+	for _, b := range w.fixed {
+		if b.hostIP.Is6() && !b.hostIP.IsLinkLocalUnicast() {
+			add(b, b.hostIP)
+		}
+	}
+	return out
 }
 
 // givesGateway reports whether endpoints of the network get a default route from it.

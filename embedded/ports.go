@@ -139,7 +139,7 @@ func (m *Manager) choosePorts(b *box, want []store.PortWish, networks []*network
 	}()
 	for _, w := range want {
 		var hosts []netip.Addr
-		for _, h := range policy.ExpandHost(w.Host, 0, binding, v6 != nil) {
+		for _, h := range policy.ExpandHost(w.Host, 0, binding, v6 != nil || w.Proto != policy.SCTP) {
 			hosts = append(hosts, h.Addr())
 		}
 		kept, fresh, err := m.choosePort(w, hosts, have, foreign)
@@ -215,6 +215,9 @@ func (m *Manager) undoPorts(added, had []*port) {
 // holdAgain holds a port that is not held for the moment. Where somebody was quicker, the data path still
 // is before him.
 func (m *Manager) holdAgain(p *port) {
+	if m.o.Relayed(policy.PortKey{Proto: p.Proto, Host: p.Host}) {
+		return
+	}
 	hold, err := reserve.Hold(p.Proto, p.Host)
 	if err != nil {
 		m.o.Log.Warn("hold a published port again; it is served all the same", "port", p.Host.String(), "proto", p.Proto.String(), "err", err)
@@ -299,6 +302,19 @@ func (m *Manager) lockedBoxName(id string) string {
 	return m.boxName(id)
 }
 
+// Held is another descriptor of the socket that holds a port, for the relay.
+func (m *Manager) Held(key policy.PortKey) (fd int, ok bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for p := range m.claims {
+		if p.Proto == key.Proto && p.Host == key.Host && p.hold != nil {
+			fd, err := p.hold.Dup()
+			return fd, err == nil
+		}
+	}
+	return -1, false
+}
+
 // dropPorts lets host ports go.
 func (m *Manager) dropPorts(list []*port) {
 	m.mu.Lock()
@@ -347,11 +363,13 @@ func (b *box) policyPorts() []policy.Port {
 	var out []policy.Port
 	for _, p := range b.ports {
 		ep := id(v4)
+		relay := false
 		if p.Host.Addr().Is6() {
+			relay = v6 == nil
 			ep = cmp.Or(id(v6), ep)
 		}
 		if ep != "" {
-			out = append(out, policy.Port{Proto: p.Proto, Host: p.Host, EndpointID: ep, Target: p.Target})
+			out = append(out, policy.Port{Proto: p.Proto, Host: p.Host, EndpointID: ep, Target: p.Target, Relay: relay})
 		}
 	}
 	return out

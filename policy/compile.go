@@ -37,6 +37,9 @@ type Intents struct {
 	Attached map[int]bool
 	// DirectRouting has containers' own addresses dialled from everywhere, at published ports.
 	DirectRouting bool
+	// Relayed are the ports that the relay holds; Unrelayed says why it does not hold others.
+	Relayed   map[PortKey]bool
+	Unrelayed map[PortKey]string
 }
 
 // NetworkRow is a network as the data path knows it.
@@ -120,6 +123,8 @@ type Tables struct {
 	Open    map[OpenKey]uint16 // → the published port's slot, 0: none
 	Trusted map[TrustedKey]struct{}
 	Sources map[SourceKey]struct{}
+	// Relays are the ports that the relay is to hold, and where they lead.
+	Relays map[PortKey]netip.AddrPort
 	// Masquerade is by uplink, for kernels that do not tell the source of a route.
 	Masquerade map[int]MasqueradeAddrs
 
@@ -198,6 +203,7 @@ func Compile(in Intents, last Slots) (Tables, Slots) {
 		Open:       make(map[OpenKey]uint16),
 		Trusted:    make(map[TrustedKey]struct{}),
 		Sources:    make(map[SourceKey]struct{}),
+		Relays:     make(map[PortKey]netip.AddrPort),
 		Masquerade: make(map[int]MasqueradeAddrs),
 		Waiting:    make(map[string]string),
 	}
@@ -287,7 +293,7 @@ func Compile(in Intents, last Slots) (Tables, Slots) {
 			t.opening(p, slot, m, m.ID == e.ID, byID[m.NetworkID], in.DirectRouting)
 		}
 		if n := byID[e.NetworkID]; !n.Internal {
-			t.port(p, slot, e, slots.Endpoints[e.ID], n)
+			t.port(p, slot, e, slots.Endpoints[e.ID], n, in)
 		}
 	}
 	for _, o := range in.State.Openings {
@@ -477,8 +483,9 @@ func (t *Tables) opening(p Port, slot uint16, e Endpoint, publishes bool, n Netw
 }
 
 // port adds a published port. Over IPv6 a container without such an address is reached by its IPv4
-// one: the host's own sockets can be sent there, packets from outside cannot.
-func (t *Tables) port(p Port, slot uint16, e Endpoint, endpoint uint16, n Network) {
+// one: the host's own sockets can be sent there; all else is for whoever holds the port's socket, the
+// relay or docker-proxy. Without that the port may be another program's, and is not served at all.
+func (t *Tables) port(p Port, slot uint16, e Endpoint, endpoint uint16, n Network, in Intents) {
 	host := netip.AddrPortFrom(p.Host.Addr().Unmap(), p.Host.Port())
 	key := PortKey{Proto: p.Proto, Host: host}
 	target := e.addr(host.Addr().Is4())
@@ -503,11 +510,23 @@ func (t *Tables) port(p Port, slot uint16, e Endpoint, endpoint uint16, n Networ
 		t.wrong(n.QualifiedName(), about, fmt.Sprintf("already leads to %s", held.Target), "not served")
 		return
 	}
+	if _, ok := t.Relays[key]; ok {
+		return // of another container, which was first
+	}
 	if p.Proto == SCTP && p.Target != host.Port() {
 		t.wrong(n.QualifiedName(), about, "SCTP keeps its port numbers; publish it under its own", "not served")
 	}
 	if host.Addr() != n.HostBinding && !t.isLocal(host.Addr()) {
 		t.wrong(n.QualifiedName(), about, host.Addr().String()+" is no address of this host", "the port is not reached")
+	}
+	if p.Relay && host.Addr().Is6() && target.Is4() {
+		t.Relays[key] = row.Target
+		if why := in.Unrelayed[key]; why != "" {
+			t.wrong(n.QualifiedName(), about, why, "not served on IPv6")
+		}
+		if !in.Relayed[key] {
+			return
+		}
 	}
 	t.Ports[key] = row
 }

@@ -141,6 +141,9 @@ type Port struct {
 	Target uint16
 	// Refused: the source holds the host's port, but it is not to lead anywhere.
 	Refused bool
+	// Relay says that the source holds no socket for the host port: bpfnet's relay is to hold it, and to
+	// serve it. Only for IPv6 addresses that lead to a container with IPv4 only.
+	Relay bool
 }
 
 // Narrow is the port where no host address was asked for and binding is the network's default one: on

@@ -36,6 +36,18 @@ func (p *Port) Close() error {
 	return p.err
 }
 
+// Dup is another descriptor of the port's socket, for somebody who serves by it: the port is held as
+// long as one of them is open. It fails with ErrNothing where there is nothing to hold.
+func (p *Port) Dup() (int, error) {
+	if p.fd < 0 {
+		return -1, ErrNothing
+	}
+	return unix.FcntlInt(uintptr(p.fd), unix.F_DUPFD_CLOEXEC, 0)
+}
+
+// ErrNothing says that the kernel does not have the protocol or the family.
+var ErrNothing = errors.New("this kernel has no such sockets")
+
 // Hold takes a port of the calling thread's network namespace, if necessary from connections that
 // a former server has closed. 0.0.0.0 and :: stand for all addresses of their own family.
 //

@@ -18,6 +18,7 @@ import (
 	"github.com/bpfnet/bpfnet/embedded"
 	"github.com/bpfnet/bpfnet/loader"
 	"github.com/bpfnet/bpfnet/netdev"
+	"github.com/bpfnet/bpfnet/relay"
 	"github.com/bpfnet/bpfnet/store"
 )
 
@@ -80,6 +81,9 @@ func (a *App) cleanup(ctx context.Context, force, leaveOpen bool) error {
 	}
 	// While the programs still guard them.
 	if err := a.RemoveOwn(st, filepath.Join(a.paths.State, daemon.SandboxDir), cgroup, force); err != nil {
+		return err
+	}
+	if err := relay.End(a.paths.State, cgroup); err != nil {
 		return err
 	}
 	// Settings first: once the programs are gone, nothing isolates what a forwarding host forwards.

@@ -95,6 +95,7 @@ Stopping the daemon leaves the network running; "bpfnet cleanup" removes it.`,
 	flags.StringArrayVar(&subnets, "default-subnet", nil, "`subnet` of bpfnet's own default network, at most one a family (default: one of the pools, and a generated IPv6 one)")
 	flags.BoolVar(&strict, "strict", false, "let the Engine's containers send and receive only by the addresses of READY endpoints, from their first instruction on")
 	flags.StringVar(&cfg.StrictCgroup, "strict-cgroup", "", "cgroup2 `directory` that the Engine's containers run below (default: docker, below --cgroup); implies --strict")
+	flags.BoolVar(&cfg.NoRelay, "no-relay", false, "do not publish containers that have IPv4 only on IPv6 addresses; else the relay process does")
 	flags.StringVar(&logLevel, "log-level", "info", "`level` of the log on standard error: debug, info, warn or error")
 	return cmd
 }

@@ -8,8 +8,11 @@ import (
 	"context"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"slices"
 	"syscall"
+
+	"github.com/bpfnet/bpfnet/relay"
 )
 
 // version is set at link time: see the Makefile.
@@ -24,6 +27,8 @@ func runAs(argv []string) int {
 	switch {
 	case isPortHook(argv[0]):
 		return runPortHook(ctx, argv[1:])
+	case filepath.Base(argv[0]) == relay.Name:
+		return relay.Main(ctx, argv[1:])
 	case isRunner(argv[0]):
 		return runRunner(ctx, argv[1:])
 	}

@@ -32,8 +32,9 @@ var may = map[string][]string{
 	"sandbox":  {},
 	"ipam":     {},
 	"reserve":  {"policy"},
+	"relay":    {"policy", "reserve"},
 	"embedded": {"api", "ipam", "netdev", "policy", "reserve", "sandbox", "store"},
-	"daemon":   {"policy", "bpf", "maps", "netdev", "docker", "store", "api", "loader", "embedded"},
+	"daemon":   {"policy", "bpf", "maps", "netdev", "docker", "store", "api", "loader", "embedded", "relay"},
 	"doctor":   {"policy", "maps", "loader", "netdev", "api"},
 }
 
