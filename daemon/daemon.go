@@ -96,11 +96,11 @@ type Daemon struct {
 	seen     policy.Devices
 	strict   *strict // nil: off
 	changes  []netdev.Change
-	relayed  map[policy.PortKey]bool  // what the relay holds
-	unheld   map[policy.PortKey]error // what it does not, and why
-	problem  string                   // of the last round, so that it is logged once
-	wrong    map[policy.Problem]bool  // of settings, as of the last round
-	sockets  string                   // what last kept sockets from being ended, likewise
+	relayed  map[policy.PortKey]bool   // what the relay holds
+	unheld   map[policy.PortKey]string // what it does not, and why
+	problem  string                    // of the last round, so that it is logged once
+	wrong    map[policy.Problem]bool   // of settings, as of the last round
+	sockets  string                    // what last kept sockets from being ended, likewise
 	snapshot *api.Snapshot
 	stored   policy.State // Docker's, as the store has it
 	seats    map[seat]policy.MAC
@@ -163,11 +163,15 @@ func open(cfg Config) (_ *Daemon, err error) {
 	if err := d.remember(); err != nil {
 		return nil, err
 	}
+	var relayed func(policy.PortKey) bool
+	if !cfg.NoRelay {
+		relayed = func(key policy.PortKey) bool { return d.relay.Has(key) }
+	}
 	d.own, err = embedded.New(embedded.Options{
 		Store: d.store, Devices: d.devices, Log: d.log,
 		Dir: filepath.Join(cfg.State, SandboxDir), Cgroup: cfg.Cgroup, DefaultSubnets: cfg.DefaultSubnets,
 		Foreign: d.foreign, Guard: d.guard, Apply: d.Flush, Ready: d.ready, Show: d.show,
-		Relayed: func(key policy.PortKey) bool { return d.relay.Has(key) },
+		Relayed: relayed,
 	})
 	if err != nil {
 		return nil, err
@@ -485,7 +489,7 @@ func (d *Daemon) reconcile() (err error) {
 	pairs, err := d.store.Allowed()
 	errs = append(errs, err)
 	in := policy.Intents{
-		State: state, Devices: devices, Attached: d.attached, Relayed: d.relayed, DirectRouting: d.cfg.AllowDirectRouting,
+		State: state, Devices: devices, Attached: d.attached, Relayed: d.relayed, Unrelayed: d.unheld, DirectRouting: d.cfg.AllowDirectRouting,
 	}
 	for _, p := range pairs {
 		in.Allowed = append(in.Allowed, [2]string{p.A, p.B})
@@ -517,10 +521,10 @@ func (d *Daemon) reconcile() (err error) {
 		errs = append(errs, d.writer.Renew())
 	}
 	// What the relay holds is published; what it cannot get may be another program's.
-	relayed, err := d.relayPorts(reported, resync)
+	relayed, err := d.relayPorts(resync)
 	ofDevices = append(ofDevices, err)
 	if relayed {
-		in.Relayed = d.relayed
+		in.Relayed, in.Unrelayed = d.relayed, d.unheld
 		errs = append(errs, d.apply(in, settings))
 	}
 	errs = append(errs, d.announceMoves(state, devices))

@@ -4,6 +4,8 @@ package daemon
 
 import (
 	"maps"
+
+	"github.com/bpfnet/bpfnet/policy"
 )
 
 // relayLost has the next round start the relay again.
@@ -15,20 +17,18 @@ func (d *Daemon) relayLost() {
 }
 
 // relayPorts has the relay serve what the tables say, and reports whether it holds other ports than
-// before. Until the Engine has reported its full state, what it asked for before is served.
-func (d *Daemon) relayPorts(reported, again bool) (changed bool, err error) {
+// before, or cannot get others.
+func (d *Daemon) relayPorts(again bool) (changed bool, err error) {
 	want := d.tables.Relays
 	if d.cfg.NoRelay {
 		want = nil
 	}
 	held, failed, err := d.relay.Apply(want, again)
+	unheld := make(map[policy.PortKey]string, len(failed))
 	for key, why := range failed {
-		if d.unheld[key] == nil {
-			d.log.Warn("publish a port for IPv6; it is not", "host", key.Host.String(), "proto", key.Proto.String(), "err", why)
-		}
+		unheld[key] = why.Error()
 	}
-	d.unheld = failed
-	changed = !maps.Equal(held, d.relayed)
-	d.relayed = held
+	changed = !maps.Equal(held, d.relayed) || !maps.Equal(unheld, d.unheld)
+	d.relayed, d.unheld = held, unheld
 	return changed, err
 }

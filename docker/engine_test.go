@@ -126,13 +126,14 @@ func TestRealEngine(t *testing.T) {
 
 	// A start that fails must not take the port from its owner.
 	d.MustRun(t, "run", "-d", "--name", "owner", "-p", "9000:80", lab.Image, "sleep", "1000")
-	await(t, states, "owner", func(st policy.State) bool { return ports(st) == "0.0.0.0:9000->80/tcp owner@bridge" })
+	const owner = "0.0.0.0:9000->80/tcp owner@bridge, [::]:9000->80/tcp owner@bridge" // the latter by the relay
+	await(t, states, "owner", func(st policy.State) bool { return ports(st) == owner })
 	_, err := d.Run("run", "-d", "--name", "thief", "-p", "9000:80", lab.Image, "sleep", "1000")
 	require.Error(t, err)
 	d.MustRun(t, "network", "rm", "alone")
 	_, before = await(t, states, "network removed", func(st policy.State) bool { return len(st.Networks) == 3 && len(st.Endpoints) == 1 })
 	for _, b := range before {
-		require.Equal(t, "0.0.0.0:9000->80/tcp owner@bridge", ports(b))
+		require.Equal(t, owner, ports(b))
 	}
 }
 
@@ -141,7 +142,7 @@ func TestRealEngine(t *testing.T) {
 func TestRealEngineRestart(t *testing.T) {
 	_, d, s, states := startEngine(t, "--live-restore")
 	d.MustRun(t, "run", "-d", "--name", "web", "-p", "8080:80", "-p", "81", lab.Image, "sleep", "1000")
-	was, _ := await(t, states, "started", func(st policy.State) bool { return len(st.Ports) == 2 })
+	was, _ := await(t, states, "started", func(st policy.State) bool { return len(st.Ports) == 4 }) // two by the relay
 	d.Kill(t)
 	lab.Eventually(t, 10*time.Second, "disconnected", func() bool { return !s.Status().Connected })
 	require.Contains(t, s.Status().LastError, d.Socket)

@@ -70,6 +70,44 @@ func readJSON(path string, v any) error {
 	return nil
 }
 
+// parsePort reads a container's port: "80/tcp".
+func parsePort(s string) (policy.Proto, uint16, bool) {
+	num, name, _ := strings.Cut(s, "/")
+	port, err := strconv.ParseUint(num, 10, 16)
+	if err != nil || port == 0 {
+		return 0, 0, false
+	}
+	proto, err := policy.ParseProto(strings.ToLower(name))
+	return proto, uint16(port), err == nil
+}
+
+// anywhereBindings returns the bindings that name 0.0.0.0 or [::] themselves, with the host's port where
+// there is exactly one.
+func anywhereBindings(hc hostConfig) map[binding]bool {
+	out := make(map[binding]bool)
+	for key, list := range hc.PortBindings {
+		proto, target, ok := parsePort(key)
+		for _, pb := range list {
+			a, err := netip.ParseAddr(pb.HostIP)
+			if !ok || err != nil || !a.IsUnspecified() {
+				continue
+			}
+			hp, err := strconv.ParseUint(pb.HostPort, 10, 16)
+			if err != nil {
+				hp = 0
+			}
+			out[binding{proto: proto, target: target, hostIP: a, hostPort: uint16(hp)}] = true
+		}
+	}
+	return out
+}
+
+// linkedNames are the containers of links, which read "name:alias", or "/name:/own-name/alias".
+func linkedNames(links []string) []string {
+	var out []string
+	for _, l := range links {
+		name, _, _ := strings.Cut(l, ":")
+		if name = strings.TrimPrefix(name, "/"); name != "" {
 			out = append(out, name)
 		}
 	}

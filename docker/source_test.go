@@ -277,7 +277,7 @@ func TestContainerLife(t *testing.T) {
 		e.locked = nil
 	})
 	e.emit("container", "start", "c1", nil)
-	const all = "0.0.0.0:8080->80/tcp 0.0.0.0:32768->81/tcp"
+	const all = "0.0.0.0:8080->80/tcp 0.0.0.0:32768->81/tcp [::]:8080->80/tcp [::]:32768->81/tcp"
 	await(t, states, "all ports", func(st policy.State) bool { return portList(st) == all })
 
 	// A new run starts with the fixed ones again, although the end of the first was not seen.

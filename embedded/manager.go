@@ -71,7 +71,8 @@ type Options struct {
 	Apply func(ctx context.Context) error
 	// Ready says, after Apply, whether the data path serves an endpoint, and if not, why.
 	Ready func(endpointID string) (bool, string)
-	// Relayed says whether the relay holds a port's socket. Optional: none.
+	// Relayed says whether the relay holds a port's socket. Optional: there is no relay, and a sandbox
+	// with IPv4 only is published on no IPv6 address unless it is asked for.
 	Relayed func(policy.PortKey) bool
 	// Show has readers see View after a change that the data path does not care about. Optional: Apply.
 	Show func(ctx context.Context) error
@@ -154,9 +155,6 @@ func New(o Options) (*Manager, error) {
 	}
 	if o.Show == nil {
 		o.Show = o.Apply
-	}
-	if o.Relayed == nil {
-		o.Relayed = func(policy.PortKey) bool { return false }
 	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)

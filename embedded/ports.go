@@ -139,7 +139,7 @@ func (m *Manager) choosePorts(b *box, want []store.PortWish, networks []*network
 	}()
 	for _, w := range want {
 		var hosts []netip.Addr
-		for _, h := range policy.ExpandHost(w.Host, 0, binding, v6 != nil || w.Proto != policy.SCTP) {
+		for _, h := range policy.ExpandHost(w.Host, 0, binding, v6 != nil || m.o.Relayed != nil && w.Proto != policy.SCTP) {
 			hosts = append(hosts, h.Addr())
 		}
 		kept, fresh, err := m.choosePort(w, hosts, have, foreign)
@@ -215,7 +215,7 @@ func (m *Manager) undoPorts(added, had []*port) {
 // holdAgain holds a port that is not held for the moment. Where somebody was quicker, the data path still
 // is before him.
 func (m *Manager) holdAgain(p *port) {
-	if m.o.Relayed(policy.PortKey{Proto: p.Proto, Host: p.Host}) {
+	if m.o.Relayed != nil && m.o.Relayed(policy.PortKey{Proto: p.Proto, Host: p.Host}) {
 		return
 	}
 	hold, err := reserve.Hold(p.Proto, p.Host)

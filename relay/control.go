@@ -149,7 +149,7 @@ func (s *controller) serve(ctx context.Context, c *net.UnixConn) {
 		case opRetire:
 			s.listener.Close() // its successor listens at the same place
 			s.work.Go(func() {
-				s.r.retire(ctx)
+				s.r.drained(ctx)
 				s.end()
 			})
 		}
@@ -194,6 +194,7 @@ func (s *controller) do(q request, fds []int) (a answer, give []int) {
 		a.Ports, give = s.r.sockets(keys)
 	case q.Op == opRetire:
 		s.retired = true
+		s.r.stop()
 	case q.Op == opStop:
 	default:
 		errs = append(errs, fmt.Errorf("request %q: unknown", q.Op))

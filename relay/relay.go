@@ -225,14 +225,17 @@ func (r *Relay) sockets(keys []Key) (ports []Port, fds []int) {
 	return ports, fds
 }
 
-// retire takes no more clients, and returns when the last has gone: somebody else serves by the same
-// sockets.
-func (r *Relay) retire(ctx context.Context) {
+// stop takes no more clients: somebody else does by the same sockets.
+func (r *Relay) stop() {
 	r.mu.Lock()
+	defer r.mu.Unlock()
 	for _, s := range r.ports {
 		s.stop()
 	}
-	r.mu.Unlock()
+}
+
+// drained returns when the last client has gone.
+func (r *Relay) drained(ctx context.Context) {
 	for r.Active() > 0 {
 		select {
 		case <-ctx.Done():

@@ -11,7 +11,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"syscall"
 	"time"
@@ -20,6 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/bpfnet/bpfnet/api"
+	"github.com/bpfnet/bpfnet/policy"
+	"github.com/bpfnet/bpfnet/relay"
 )
 
 // proxyName is the name under which the engine runs this binary in docker-proxy's place:
@@ -33,12 +34,10 @@ const socketEnv = "BPFNET_SOCKET"
 // announceTimeout is less than the 16 s that the engine waits for its proxy.
 const announceTimeout = 15 * time.Second
 
-// realProxies is where the engine's packages have the proxy that this one replaces.
-var realProxies = []string{"/usr/bin/docker-proxy", "/usr/sbin/docker-proxy", "/usr/libexec/docker/docker-proxy"}
-
 // portHook does what the engine wants of docker-proxy, without carrying a packet: it holds the host
 // port with a socket that takes nothing, has the daemon publish it, and says so on the status pipe;
-// then it waits for the end. The exit status is 0 where the port was held.
+// then it waits for the end. Only from IPv6 to a container that has none, packets cannot be sent:
+// there it relays, as docker-proxy does. The exit status is 0 where the port was held.
 type portHook struct {
 	Status    io.Writer // the engine's pipe: "0\n", or "1\n" and why
 	Getenv    func(string) string
@@ -58,10 +57,6 @@ func runPortHook(ctx context.Context, args []string) int {
 	}
 	if useFD {
 		h.Listening = os.NewFile(4, "port")
-	}
-	if real := h.needsProxy(); real != "" {
-		err := syscall.Exec(real, append([]string{proxyName}, args...), os.Environ())
-		return h.fail(fmt.Errorf("run %s: %w", real, err))
 	}
 	held, err := h.hold(ctx)
 	if err != nil {
@@ -113,20 +108,45 @@ func (h *portHook) binding() (api.PortBinding, error) {
 	return b, nil
 }
 
-// needsProxy is the real docker-proxy where only that can help: from IPv6 to a container that has
-// none, packets cannot be sent. Empty where packets can, or there is none.
-func (h *portHook) needsProxy() string {
-	b, err := h.binding()
-	if err != nil || !b.Host.Addr().Is6() || b.Host.Addr().Is4In6() || b.Container.Addr().Is6() {
-		return ""
-	}
-	for _, path := range realProxies {
-		if _, err := exec.LookPath(path); err == nil {
-			return path
-		}
-	}
-	return ""
+// relays says that the port leads from IPv6 to a container that has none.
+func relays(b api.PortBinding) bool {
+	host := b.Host.Addr()
+	return host.Is6() && !host.Is4In6() && !b.Container.Addr().Is6() && b.Proto != "sctp"
 }
+
+// relayHere serves the port in this process until Close. The engine ends it with its container.
+func relayHere(b api.PortBinding, held io.Closer) (io.Closer, error) {
+	proto, err := policy.ParseProto(b.Proto)
+	if err != nil {
+		return nil, err
+	}
+	socket, ok := held.(syscall.Conn)
+	if !ok {
+		return nil, fmt.Errorf("relay %s/%s: has no socket", b.Host, b.Proto)
+	}
+	raw, err := socket.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	fd, dupErr := -1, error(nil)
+	err = raw.Control(func(s uintptr) { fd, dupErr = unix.FcntlInt(s, unix.F_DUPFD_CLOEXEC, 0) })
+	if err := errors.Join(err, dupErr); err != nil {
+		return nil, err
+	}
+	r := relay.New(relay.Limits{})
+	port := relay.Port{Key: relay.Key{Proto: proto, Host: b.Host}, Target: b.Container}
+	if err := r.Add(port, fd); err != nil {
+		return nil, err
+	}
+	return closerFunc(func() error {
+		r.Close()
+		return held.Close()
+	}), nil
+}
+
+type closerFunc func() error
+
+func (f closerFunc) Close() error { return f() }
 
 // hold binds the port, so that nobody else can, and has the daemon publish it.
 func (h *portHook) hold(ctx context.Context) (io.Closer, error) {
@@ -139,6 +159,14 @@ func (h *portHook) hold(ctx context.Context) (io.Closer, error) {
 		if held, err = reserve(b); err != nil {
 			return nil, err
 		}
+	}
+	if relays(b) {
+		relayed, err := relayHere(b, held)
+		if err != nil {
+			held.Close()
+			return nil, err
+		}
+		held = relayed
 	}
 	path := h.Getenv(socketEnv)
 	if path == "" {

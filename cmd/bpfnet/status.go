@@ -16,6 +16,7 @@ import (
 
 	"github.com/bpfnet/bpfnet/api"
 	"github.com/bpfnet/bpfnet/maps"
+	"github.com/bpfnet/bpfnet/relay"
 )
 
 // Status is the output of "bpfnet status -o json".
@@ -31,6 +32,7 @@ type Status struct {
 	NotReady    []NotReady       `json:"not_ready"`       // endpoints that nothing reaches yet
 	Problems    []api.Problem    `json:"problems"`        // settings that are not served as asked for
 	Allowed     []api.Pair       `json:"allowed"`         // networks that may talk
+	Relay       *RelayStatus     `json:"relay,omitempty"` // none: there is nothing to relay
 	Sources     []api.Source     `json:"sources"`         // as of the last write of the daemon
 	Attachments []api.Attachment `json:"attachments"`     // likewise
 	Maps        []maps.Fill      `json:"maps"`            // fill
@@ -44,6 +46,26 @@ type DaemonStatus struct {
 	PID     int       `json:"pid"`
 	Started time.Time `json:"started"`
 	Written time.Time `json:"written"` // when it last told what it knows
+}
+
+// RelayStatus is about the process that serves containers with IPv4 only on IPv6 addresses.
+type RelayStatus struct {
+	Error   string      `json:"error,omitempty"` // why it could not be asked
+	Version string      `json:"version"`
+	PID     int         `json:"pid"`
+	Active  int         `json:"active"` // clients at work now
+	Ports   []RelayPort `json:"ports"`
+}
+
+// RelayPort is a port that it serves, with its counters since its socket was bound.
+type RelayPort struct {
+	Host    string `json:"host"`
+	Proto   string `json:"proto"`
+	Target  string `json:"target"`
+	Active  int    `json:"active"`
+	Clients uint64 `json:"clients"`
+	Dropped uint64 `json:"dropped"` // beyond a limit
+	Failed  uint64 `json:"failed"`  // the container did not answer, or refused
 }
 
 // NotReady is an endpoint that the data path does not serve yet.
@@ -96,6 +118,7 @@ func (a *App) readStatus(ctx context.Context) (*Status, error) {
 		Daemon: DaemonStatus{Version: snap.Version, PID: snap.PID, Started: snap.Started, Written: snap.Written},
 	}
 	a.askDaemon(ctx, &s.Daemon)
+	s.Relay = a.askRelay()
 	fates, err := c.Fates()
 	if err != nil {
 		return nil, err
@@ -149,6 +172,25 @@ func (a *App) askDaemon(ctx context.Context, d *DaemonStatus) {
 	}
 }
 
+// askRelay asks the relay itself: it runs on without the daemon.
+func (a *App) askRelay() *RelayStatus {
+	st, err := relay.Ask(a.paths.State)
+	if err != nil {
+		return &RelayStatus{Error: oneLine(err.Error()), Ports: []RelayPort{}}
+	}
+	if st == nil {
+		return nil
+	}
+	out := &RelayStatus{Version: st.Version, PID: st.PID, Active: st.Active, Ports: []RelayPort{}}
+	for _, p := range st.Ports {
+		out.Ports = append(out.Ports, RelayPort{
+			Host: p.Host.String(), Proto: p.Proto.String(), Target: p.Target.String(),
+			Active: p.Active, Clients: p.Clients, Dropped: p.Dropped, Failed: p.Failed,
+		})
+	}
+	return out
+}
+
 func (a *App) printStatus(s *Status) error {
 	var lines [][2]string
 	line := func(title, format string, args ...any) {
@@ -186,6 +228,11 @@ func (a *App) printStatus(s *Status) error {
 		line("Allowed", "%s and %s", p.A, p.B)
 	}
 	line("Attached by", "%s", s.Attach)
+	if r := s.Relay; r != nil && r.Error != "" {
+		line("Relay", "unknown: %s", r.Error)
+	} else if r != nil {
+		line("Relay", "%s, %s, process %d", count(len(r.Ports), "port"), count(r.Active, "client"), r.PID)
+	}
 
 	width := 0
 	for _, l := range lines {
@@ -195,7 +242,13 @@ func (a *App) printStatus(s *Status) error {
 		fmt.Fprintf(a.Stdout, "%-*s   %s\n", width+1, l[0]+":", l[1])
 	}
 
-	var notReady, problems, attachments, fill [][]string
+	var notReady, problems, attachments, fill, relays [][]string
+	if s.Relay != nil {
+		for _, p := range s.Relay.Ports {
+			relays = append(relays, []string{p.Host + "/" + p.Proto, p.Target, strconv.Itoa(p.Active),
+				strconv.FormatUint(p.Clients, 10), strconv.FormatUint(p.Dropped, 10), strconv.FormatUint(p.Failed, 10)})
+		}
+	}
 	for _, p := range s.Problems {
 		problems = append(problems, []string{p.Setting, cmp.Or(p.Network, "-"), p.Problem + "; " + p.Instead})
 	}
@@ -214,6 +267,7 @@ func (a *App) printStatus(s *Status) error {
 	}{
 		{[]string{"NOT READY", "NETWORK", "WHY"}, notReady},
 		{[]string{"PROBLEM WITH", "NETWORK", "WHAT"}, problems},
+		{[]string{"RELAYED", "TO", "ACTIVE", "CLIENTS", "DROPPED", "FAILED"}, relays},
 		{[]string{"DEVICE", "HOOK", "PROGRAM"}, attachments},
 		{[]string{"MAP", "ENTRIES", "ROOM", "FILL"}, fill},
 	} {
