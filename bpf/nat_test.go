@@ -405,3 +405,45 @@ func TestNATRefresh(t *testing.T) {
 		}
 	})
 }
+
+// What an ICMP error quotes may have IPv4 options, and structured extensions may follow it (RFC 4884):
+// the ones are walked past, the others left as they are.
+func TestNATQuotedOptions(t *testing.T) {
+	h := newHost(t, 1024)
+	f := families[0]
+	a, router, server := f.addr(alice), f.foreign, at(f.client2, 443)
+	t.Run("options", func(t *testing.T) {
+		h.t = t
+		h.reset()
+		for _, options := range [][]byte{{1, 1, 1, 0}, append([]byte{7, 39, 4}, make([]byte, 37)...)} {
+			more := packet.IPOptions(options...)
+			h.from(alice, packet.UDP(at(a, 40000), server, toGateway(alice)))
+			outer := at(f.host, h.outer(f, alice, 40000, f.client2, 443))
+			r := h.expect("options", actRedirect, published, func() result {
+				return h.uplink(packet.ICMPError(router, f.host, f.timeExceeded, 0, packet.UDP(outer, server, more), fromOutside))
+			})
+			same(t, "options", packet.ICMPError(router, a, f.timeExceeded, 0, packet.UDP(at(a, 40000), server, more), routedTo(alice), packet.TTL(63)), r.out)
+		}
+	})
+	forFamilies(t, func(t *testing.T, f family) {
+		h.t = t
+		h.reset()
+		a, router, server := f.addr(alice), f.foreign, at(f.client2, 443)
+		h.from(alice, packet.UDP(at(a, 40000), server, toGateway(alice)))
+		outer := at(f.host, h.outer(f, alice, 40000, f.client2, 443))
+		// An MPLS label stack object behind the quoted packet, which is padded to 128 bytes.
+		extended := func(src netip.AddrPort) []byte {
+			quoted := packet.UDP(src, server, packet.Payload([]byte("quoted")))
+			quoted = append(quoted, make([]byte, 14+128-len(quoted))...)
+			return append(quoted, 0x20, 0, 0xde, 0xad, 0, 8, 1, 1, 0, 1, 0x61, 1)
+		}
+		length := packet.MTU(uint32(128/4) << 16)
+		if f.v6 {
+			length = packet.MTU(uint32(128/8) << 24)
+		}
+		r := h.expect("extensions", actRedirect, published, func() result {
+			return h.uplink(packet.ICMPError(router, f.host, f.timeExceeded, 0, extended(outer), fromOutside, length))
+		})
+		same(t, "extensions", packet.ICMPError(router, a, f.timeExceeded, 0, extended(at(a, 40000)), routedTo(alice), packet.TTL(63), length), r.out)
+	})
+}

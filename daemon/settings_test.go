@@ -45,3 +45,22 @@ func TestTimeouts(t *testing.T) {
 	_, err = Config{Timeouts: map[string]time.Duration{"udp": time.Millisecond}}.timeouts()
 	require.ErrorContains(t, err, "out of range; use 2s to 8760h")
 }
+
+// What the RFCs on translators ask of timeouts, and where the defaults are below: docs/nat-behaviour.md.
+func TestNATTimeouts(t *testing.T) {
+	ticks := tickTimeouts(defaultTimeouts)
+	least := func(what string, got uint32, want time.Duration) {
+		t.Helper()
+		// A flow has expired when it has rested for more ticks than this.
+		require.GreaterOrEqual(t, time.Duration(got)*tick, want, what)
+	}
+	least("RFC 4787 REQ-5", ticks.UDPNew, 2*time.Minute)
+	least("RFC 4787 REQ-5", ticks.UDP, 2*time.Minute)
+	least("RFC 5382 REQ-5, established", ticks.TCPEstablished, 2*time.Hour+4*time.Minute)
+	least("RFC 5382 REQ-5, transitory", ticks.TCPFin, 4*time.Minute)
+	least("RFC 5508 REQ-2", ticks.ICMP, time.Minute)
+	// The deviations, on purpose: who changes them changes the document.
+	require.Equal(t, time.Minute, defaultTimeouts["tcp-syn"])
+	require.Equal(t, time.Minute, defaultTimeouts["tcp-closed"])
+	require.Equal(t, 3*time.Minute, defaultTimeouts["udp"])
+}
