@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -78,12 +79,15 @@ type Daemon struct {
 	reported bool                     // the engine has reported its full state
 	bridges  map[string]policy.Source // of the served ones, by name
 	guarded  map[int]bool             // links that are about to become bridge ports
-	resync   bool
-	renew    bool
-	begun    uint64        // rounds, by number
-	ended    uint64        // the last round that has ended
-	failed   error         // its
-	news     chan struct{} // closed with it
+	// Bridges that should be the engine's, by index, of which it has not told.
+	strangers map[int]bridgeSeen
+	resync    bool
+	renew     bool
+	begun     uint64        // rounds, by number
+	ended     uint64        // the last round that has ended
+	failed    error         // its
+	news      chan struct{} // closed with it
+	missing   error         // why some device of the last round is without its programs
 	// What the engine's port hook announced, and what leads somewhere as of the last round.
 	announced map[string]announced
 	published map[policy.PortKey]policy.PortRow
@@ -287,6 +291,34 @@ func (d *Daemon) run(ctx context.Context) error {
 	return group.Wait()
 }
 
+// incompleteRetry is how soon a device that refused a program is tried again while others wait for it.
+const incompleteRetry = time.Second
+
+// complete waits until every bridge, port and uplink that there is carries its programs. Whoever starts
+// after READY relies on that.
+func (d *Daemon) complete(ctx context.Context) {
+	for told := ""; ; {
+		// A round that failed otherwise is logged, and is no reason to hold the Engine up.
+		_ = d.Flush(ctx)
+		d.mu.Lock()
+		missing := d.missing
+		d.mu.Unlock()
+		if missing == nil || ctx.Err() != nil {
+			return
+		}
+		if text := missing.Error(); text != told {
+			told = text
+			d.log.Error("not ready: devices are without their programs", "err", missing)
+			_, _ = systemd.SdNotify(false, "STATUS=not ready: "+strings.ReplaceAll(text, "\n", "; "))
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(incompleteRetry):
+		}
+	}
+}
+
 // announce tells systemd and the user when the daemon serves: without an engine when its own default
 // network is there, else when the engine's first state is in the maps. An engine without a socket is
 // not waited for.
@@ -304,11 +336,10 @@ func (d *Daemon) announce(ctx context.Context) error {
 		case <-timer.C:
 			d.log.Warn("serving without the engine's state for now", "docker", d.docker.Status().LastError)
 		case <-d.docker.Ready():
-			// A round that failed is logged, and is no reason to hold the Engine up.
-			if _ = d.Flush(ctx); ctx.Err() != nil {
-				return nil
-			}
 		}
+	}
+	if d.complete(ctx); ctx.Err() != nil {
+		return nil
 	}
 	d.mu.Lock()
 	snap := d.snapshot
@@ -316,7 +347,7 @@ func (d *Daemon) announce(ctx context.Context) error {
 	if d.cfg.Banner != nil {
 		writeBanner(d.cfg.Banner, d.cfg, snap)
 	}
-	if _, err := systemd.SdNotify(false, systemd.SdNotifyReady); err != nil {
+	if _, err := systemd.SdNotify(false, systemd.SdNotifyReady+"\nSTATUS="); err != nil {
 		d.log.Warn("notify systemd", "err", err)
 	}
 	return nil
@@ -355,7 +386,14 @@ func (d *Daemon) watch(ctx context.Context, events <-chan netdev.Event) error {
 		switch ev.Kind {
 		case netdev.NeighChanged:
 			continue // next hops are the kernel's to resolve
+		case netdev.LinkChanged:
+			if !ev.Gone {
+				d.guardStranger(ev.Ifindex, ev.Name, false, 0, "")
+			}
 		case netdev.PortChanged:
+			if !served && !ev.Gone {
+				d.guardStranger(ev.Ifindex, ev.Name, true, ev.Master, ev.MasterName)
+			}
 			if served && !ev.Gone {
 				for _, program := range []string{loader.FromContainer, loader.ToContainer} {
 					if err := d.loader.Attach(program, ev.Ifindex); err != nil {
@@ -482,6 +520,16 @@ func (d *Daemon) reconcile() (err error) {
 	if err != nil {
 		return err
 	}
+	known := state
+	if closed := d.unreported(devices, served); len(closed) > 0 {
+		state.Networks = slices.Concat(state.Networks, closed)
+		for _, n := range closed {
+			served[n.Bridge] = true
+		}
+		if devices, err = d.devices.Snapshot(served); err != nil {
+			return err
+		}
+	}
 	d.seen = devices
 	d.settleGuards(devices)
 	settings, err := d.settings(devices)
@@ -532,7 +580,7 @@ func (d *Daemon) reconcile() (err error) {
 	if d.strict != nil {
 		errs = append(errs, d.strict.apply(d.tables, devices))
 	}
-	errs = append(errs, d.writeSnapshot(state))
+	errs = append(errs, d.writeSnapshot(known))
 	return errors.Join(errs...)
 }
 
@@ -627,6 +675,9 @@ func (d *Daemon) attach(devices policy.Devices, served map[string]bool, pinned [
 	for _, l := range devices.Links {
 		attached[l.Ifindex] = !failed[l.Ifindex]
 	}
+	d.mu.Lock()
+	d.missing = errors.Join(errs...)
+	d.mu.Unlock()
 	changed := !mapsEqual(attached, d.attached)
 	d.attached = attached
 

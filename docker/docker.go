@@ -26,6 +26,9 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/moby/moby/api/types/network"
+	"github.com/moby/moby/client"
+
 	"github.com/bpfnet/bpfnet/policy"
 )
 
@@ -191,6 +194,24 @@ func (s *Source) probe(ctx context.Context) error {
 		return socketError(s.socket, err)
 	}
 	return conn.Close()
+}
+
+// Bridges are the bridge devices of an Engine's networks.
+func Bridges(ctx context.Context, host string) ([]string, error) {
+	cli, err := client.New(client.WithHost(host))
+	if err != nil {
+		return nil, fmt.Errorf("docker socket %s: %w", host, err)
+	}
+	defer cli.Close()
+	res, err := cli.NetworkList(ctx, client.NetworkListOptions{Filters: make(client.Filters).Add("driver", "bridge")})
+	if err != nil {
+		return nil, fmt.Errorf("docker socket %s: list networks: %w", host, err)
+	}
+	var out []string
+	for _, n := range res.Items {
+		out = append(out, bridgeName(network.Inspect{Network: n.Network}))
+	}
+	return out, nil
 }
 
 // socketError names the socket and the way out.

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/bpfnet/bpfnet/api"
 	"github.com/bpfnet/bpfnet/loader"
 	"github.com/bpfnet/bpfnet/netdev"
 )
@@ -89,6 +90,28 @@ func checkAttached(f *Facts) []Finding {
 		out = append(out, notef(f.startDaemon(), "not pinned: %s; they end with the process that holds them", some(loose)))
 	}
 	return one(out, "%d programs are where they should be, by %s", count, s.Attach)
+}
+
+// checkUnguarded finds the networks of the Engine that were made while no daemon looked.
+func checkUnguarded(f *Facts) []Finding {
+	if s := f.Snapshot; s != nil && !slices.ContainsFunc(s.Sources, func(s api.Source) bool { return s.Name == "docker" }) {
+		return []Finding{okf("no Engine is served")}
+	}
+	var out []Finding
+	for _, b := range f.Seen.Bridges {
+		if f.network(b.Name) != nil {
+			continue // whether its programs are there is said with those
+		}
+		known := slices.Contains(f.EngineBridges, b.Name)
+		// Of what only bears such a name, a daemon that is there has asked the Engine.
+		if !known && (f.Daemon.Running || !dockerDevice(b.Name)) {
+			continue
+		}
+		if findOurs(f.Hooks[HookKey{b.Ifindex, false}], loader.FromBridge) < 0 && f.suspect("unguarded %d", b.Ifindex) {
+			out = append(out, brokenf(f.startDaemon(), "%s is guarded by nothing: a network of the Engine that was made while no daemon ran; where the host forwards, its containers send by their own addresses and can be reached by them", b.Name))
+		}
+	}
+	return one(out, "every bridge of the Engine has its program")
 }
 
 // checkStrays finds what is ours and belongs to nothing: programs on devices that no snapshot names,

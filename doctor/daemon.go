@@ -14,6 +14,8 @@ const staleAfter = 3 * time.Minute
 func checkDaemon(f *Facts) []Finding {
 	d, s := f.Daemon, f.Snapshot
 	switch {
+	case d.Stopped != 0:
+		return []Finding{brokenf(f.startDaemon(), "process %d is stopped by a signal: the network runs on, but what is started now gets none, and a network that is made now is guarded by nothing", d.Stopped)}
 	case d.Err != nil:
 		return []Finding{{State: Unknown, Detail: oneLine(d.Err.Error())}}
 	case !d.Running && s == nil:

@@ -88,8 +88,10 @@ type Facts struct {
 
 	Rules   Ruleset
 	Engines []Engine
-	Proxies []Process // docker-proxy of an Engine's own
-	Sockets []Socket
+	// EngineBridges are the bridges of the networks that Engines tell of.
+	EngineBridges []string
+	Proxies       []Process // docker-proxy of an Engine's own
+	Sockets       []Socket
 	// SocketsErr says why some of those that only hold a port could not be seen.
 	SocketsErr error
 
@@ -103,6 +105,7 @@ type Facts struct {
 // Daemon is bpfnet's own.
 type Daemon struct {
 	Running bool
+	Stopped int   // process ID, where a signal has stopped it
 	Err     error // something is wrong with the socket; nil and not running: nothing listens there
 	Status  api.Status
 	Args    []string // its command line
@@ -152,6 +155,7 @@ func Judge(f *Facts) []Finding {
 		{"endpoints", checkEndpoints},
 		{"maps", checkMaps},
 		{"attached", checkAttached},
+		{"unguarded", checkUnguarded},
 		{"strays", checkStrays},
 		{"foreign", checkForeign},
 		{"xdp", checkXDP},
@@ -262,6 +266,8 @@ func (f *Facts) ours(words ...string) string {
 // startDaemon is the command that starts the daemon, or starts it anew. more are added to its options.
 func (f *Facts) startDaemon(more ...string) string {
 	switch d := f.Daemon; {
+	case d.Stopped != 0:
+		return commandLine("kill", "-CONT", fmt.Sprint(d.Stopped))
 	case d.Unit != "" && d.Running && len(more) == 0:
 		return commandLine("systemctl", "restart", d.Unit)
 	case d.Unit != "" && !d.Running:

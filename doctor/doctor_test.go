@@ -111,6 +111,14 @@ func TestJudge(t *testing.T) {
 		}, "ipv6", Broken, "fd00::/64", ""},
 		{"daemon down", down, "daemon", Note, "not running, last news 1s ago", "bpfnet daemon"},
 		{"daemon down, and a unit", func(f *Facts) { f.Daemon = Daemon{Unit: "bpfnet.service"} }, "daemon", Note, "not running", "systemctl start bpfnet.service"},
+		{"stopped by a signal", func(f *Facts) { f.Daemon = Daemon{Stopped: 7} }, "daemon", Broken, "process 7 is stopped", "kill -CONT 7"},
+		{"a network made without a daemon", func(f *Facts) {
+			down(f)
+			f.Seen.Bridges = append(f.Seen.Bridges, policy.Bridge{Ifindex: 9, Name: "br-0123456789ab"})
+		}, "unguarded", Broken, "br-0123456789ab is guarded by nothing", "bpfnet daemon"},
+		{"a network that only the Engine knows", func(f *Facts) {
+			f.Seen.Bridges, f.EngineBridges = append(f.Seen.Bridges, policy.Bridge{Ifindex: 9, Name: "lan"}), []string{"lan"}
+		}, "unguarded", Broken, "lan is guarded by nothing", restart},
 		{"of another version", func(f *Facts) { f.Daemon.Status.Version = "0.9" }, "daemon", Note, "version 0.9 runs, this is 1.0", restart},
 		{"of another version, in a unit", func(f *Facts) { f.Daemon.Status.Version, f.Daemon.Unit = "0.9", "bpfnet.service" }, "daemon", Note, "0.9", "systemctl restart bpfnet.service"},
 		{"another's state", func(f *Facts) { f.Snapshot.PID = 8 }, "daemon", Note, "do --socket and --state belong together?", ""},

@@ -36,7 +36,11 @@ func (Clsact) AttachFilter(ifindex int, egress bool, fd int, name string) error 
 		},
 		QdiscType: "clsact",
 	}
-	if err := netlink.QdiscAdd(qdisc); err != nil && !errors.Is(err, unix.EEXIST) {
+	if err := netlink.QdiscAdd(qdisc); errors.Is(err, unix.EEXIST) {
+		if err := checkClsact(ifindex); err != nil {
+			return err
+		}
+	} else if err != nil {
 		return fmt.Errorf("add clsact: %w", err)
 	}
 	filter := &netlink.BpfFilter{
@@ -48,6 +52,21 @@ func (Clsact) AttachFilter(ifindex int, egress bool, fd int, name string) error 
 	}
 	if err := netlink.FilterReplace(filter); err != nil {
 		return fmt.Errorf("add filter: %w", err)
+	}
+	return nil
+}
+
+// checkClsact refuses a device that has an ingress qdisc instead: there, what is meant for egress would
+// take the place of what is for ingress, without an error.
+func checkClsact(ifindex int) error {
+	list, err := netlink.QdiscList(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: ifindex}})
+	if err != nil {
+		return fmt.Errorf("list qdiscs: %w", err)
+	}
+	for _, q := range list {
+		if q.Attrs().LinkIndex == ifindex && q.Attrs().Parent == netlink.HANDLE_CLSACT && q.Type() == "ingress" {
+			return errors.New("it has an ingress qdisc, where clsact has to be; take that away (tc qdisc del dev DEVICE ingress), and put its filters on clsact")
+		}
 	}
 	return nil
 }

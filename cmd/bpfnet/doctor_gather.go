@@ -19,6 +19,7 @@ import (
 
 	"github.com/bpfnet/bpfnet/api"
 	"github.com/bpfnet/bpfnet/bpf"
+	"github.com/bpfnet/bpfnet/docker"
 	"github.com/bpfnet/bpfnet/doctor"
 	"github.com/bpfnet/bpfnet/loader"
 	"github.com/bpfnet/bpfnet/maps"
@@ -68,6 +69,7 @@ func (a *App) gatherFacts(ctx context.Context, earlier *doctor.Facts) (*doctor.F
 	g.maps()
 	g.sysctls()
 	g.processes()
+	g.engineBridges()
 	g.sockets()
 	g.rules()
 	return g.f, ctx.Err()
@@ -157,6 +159,9 @@ func (g *gatherer) state() {
 	f.Snapshot, err = api.ReadSnapshot(paths.State)
 	if err != nil && !errors.Is(err, api.ErrNoSnapshot) {
 		f.SnapshotErr = err
+	}
+	if snap := f.Snapshot; err == nil && snap != nil && f.Daemon.Err != nil && isStopped(snap.PID) {
+		f.Daemon.Stopped, f.Daemon.Err = snap.PID, nil
 	}
 	// A daemon that runs has read its state, and has it locked.
 	if _, err := os.Stat(filepath.Join(paths.State, store.FileName)); err == nil && !f.Daemon.Running {
@@ -486,6 +491,43 @@ func (g *gatherer) processes() {
 			g.f.Proxies = append(g.f.Proxies, doctor.Process{PID: pid, Name: name})
 		}
 	}
+}
+
+// isStopped reports whether a process of this program is stopped by a signal, or by a debugger.
+func isStopped(pid int) bool {
+	if processName(pid) != "bpfnet" {
+		return false
+	}
+	_, rest, _ := strings.Cut(read(fmt.Sprintf("/proc/%d/stat", pid)), ") ")
+	return strings.HasPrefix(rest, "T") || strings.HasPrefix(rest, "t")
+}
+
+// engineBridges asks the Engines of this namespace.
+func (g *gatherer) engineBridges() {
+	for _, e := range g.f.Engines {
+		ctx, cancel := context.WithTimeout(g.ctx, askTimeout)
+		list, err := docker.Bridges(ctx, engineHost(e.Args))
+		cancel()
+		if err == nil { // one that does not answer is told of with the daemon, and names tell most
+			g.f.EngineBridges = append(g.f.EngineBridges, list...)
+		}
+	}
+}
+
+// engineHost is the unix socket that an Engine listens on.
+func engineHost(args []string) string {
+	for i, a := range args {
+		for _, flag := range []string{"--host", "-H"} {
+			v, ok := strings.CutPrefix(a, flag+"=")
+			if a == flag && i+1 < len(args) {
+				v, ok = args[i+1], true
+			}
+			if ok && strings.HasPrefix(v, "unix://") {
+				return v
+			}
+		}
+	}
+	return "unix:///run/docker.sock"
 }
 
 func configFile(args []string) string {
