@@ -141,7 +141,7 @@ func mobyInternal(t *testing.T, w bridgeSite) {
 // A name server outside is not asked for containers that are on internal networks alone.
 func mobyInternalDNS(t *testing.T, w bridgeSite) {
 	noSuchName(t, w.Client2, lab.Internet4)
-	w.serve(t, "asker", "indoors", "--dns", lab.Internet4.String())
+	w.serve(t, "asker", "indoors", "--dns", lab.Internet4.String(), "--dns-opt", "timeout:1", "--dns-opt", "attempts:1")
 	defer w.remove(t, "asker", "")
 	w.ready(t, "asker")
 	asked := w.Client2.Capture(t, lab.ClientIf, nil)
