@@ -6,6 +6,8 @@
  * is a published port on one of the host's addresses becomes the container's address, and reads
  * back as what was dialled. Also notes the ports that the container engine has bound.
  *
+ * A socket that dials where a container's masqueraded flow holds its tuple gets an error.
+ *
  * Left to the program on lo, because the kernel takes no other destination for them: sockets with a
  * loopback source, sockets bound to a device, and all that passes no hook here (raw sockets,
  * processes outside of the cgroup). An MPTCP socket is redirected but reads back the container's
@@ -13,6 +15,7 @@
  */
 #include "maps.h"
 
+#include <linux/errno.h>
 #include <linux/in.h>
 #include <stdbool.h>
 
@@ -23,7 +26,9 @@ char _license[] SEC("license") = "Dual BSD/GPL";
 #define SOCK_STREAM 1
 #define SOCK_DGRAM 2
 
-#define LEAVE 1 /* what every program here returns: the call goes on */
+/* What a program here returns: the call goes on, or fails. */
+#define LEAVE 1
+#define REFUSE 0
 
 /* What this file did to a socket; sockets without it, nearly all, cost one pointer test. */
 struct sock_mark {
@@ -238,11 +243,98 @@ static __always_inline void redirect6(struct bpf_sock_addr *ctx, const struct ad
 	ctx->user_port = port->port;
 }
 
+/* A socket that was bound to a masquerade port, and whom it dials. */
+struct claim {
+	struct addr remote;
+	__be16 remote_port;
+	__be16 port;
+	__u8 proto;
+	__u32 held; /* by a container's flow: the answers would be the container's */
+};
+
+static __always_inline void look_at(struct claim *c, const struct addr *own)
+{
+	const struct flow *flow;
+
+	if (is_ip4(&c->remote)) {
+		struct flow4_key key = { .saddr = c->remote.w[3],
+					 .daddr = own->w[3],
+					 .sport = c->remote_port,
+					 .dport = c->port,
+					 .proto = c->proto,
+					 .hook = HOOK_UPLINK };
+
+		flow = bpf_map_lookup_elem(&flows4, &key);
+	} else {
+		struct flow6_key key = { .saddr = c->remote,
+					 .daddr = *own,
+					 .sport = c->remote_port,
+					 .dport = c->port,
+					 .proto = c->proto,
+					 .hook = HOOK_UPLINK };
+
+		flow = bpf_map_lookup_elem(&flows6, &key);
+	}
+	if (flow && (flow->flags & FLOW_OUT_MASK) == HOOK_CONTAINER)
+		c->held = 1;
+}
+
+static long look_at_host_addr(void *map __attribute__((unused)), const struct addr *own,
+			      struct host_addr *value __attribute__((unused)), struct claim *c)
+{
+	if (is_ip4(own) == is_ip4(&c->remote))
+		look_at(c, own);
+	return c->held ? 1 : 0; /* 1: enough */
+}
+
+/*
+ * Whether a container's flow has the tuple already that the socket is about to connect onto. Only
+ * sockets that were bound to a port for masquerading come that far: the kernel's own choice is none.
+ * Without an address the socket may get any of the host's.
+ */
+static __always_inline bool is_held(struct bpf_sock_addr *ctx, const struct addr *src,
+				    const struct addr *dst)
+{
+	__be16 port = bpf_htons(ctx->sk->src_port);
+	const struct port_class *class;
+	struct claim c = { .remote = *dst };
+
+	if (!port)
+		return false;
+	class = find_class();
+	if (!class || !(class->ports[port_index(port)] & PORT_SNAT) ||
+	    !port_bit(ctx->type, ctx->protocol) || !is_host(bpf_get_netns_cookie(ctx)))
+		return false;
+	c.remote_port = ctx->user_port;
+	c.port = port;
+	c.proto = ctx->protocol;
+	if (is_any(src))
+		bpf_for_each_map_elem(&host_addrs, look_at_host_addr, &c, 0);
+	else
+		look_at(&c, src);
+	return c.held;
+}
+
+/* What the kernel itself says of a tuple that another socket has. */
+static __always_inline int refuse(void)
+{
+	bpf_set_retval(-EADDRNOTAVAIL);
+	return REFUSE;
+}
+
 SEC("cgroup/connect4")
 int sock_connect4(struct bpf_sock_addr *ctx)
 {
-	if (is_candidate(ctx))
+	struct addr src, dst;
+
+	if (is_candidate(ctx)) {
 		redirect4(ctx, ctx->sk->src_ip4);
+	} else if (ctx->sk->src_port) {
+		map_ip4(&src, ctx->sk->src_ip4);
+		map_ip4(&dst, ctx->user_ip4);
+		if (is_held(ctx, &src, &dst))
+			return refuse();
+	}
 	return LEAVE;
 }
 
@@ -250,12 +342,17 @@ int sock_connect4(struct bpf_sock_addr *ctx)
 SEC("cgroup/connect6")
 int sock_connect6(struct bpf_sock_addr *ctx)
 {
-	struct addr src;
+	struct addr src, dst;
 
-	if (!is_candidate(ctx))
-		return LEAVE;
-	read_source6(&src, ctx->sk);
-	redirect6(ctx, &src, true);
+	if (is_candidate(ctx)) {
+		read_source6(&src, ctx->sk);
+		redirect6(ctx, &src, true);
+	} else if (ctx->sk->src_port) {
+		read_source6(&src, ctx->sk);
+		read_ip6(&dst, ctx);
+		if (is_held(ctx, &src, &dst))
+			return refuse();
+	}
 	return LEAVE;
 }
 

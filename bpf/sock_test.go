@@ -796,6 +796,70 @@ func TestSockOtherHost(t *testing.T) {
 	assert.Equal(t, "host:8080", lab.dial(t, lab.host, script).Answer)
 }
 
+// A socket that is bound to a masquerade port may not connect onto a tuple that a container's flow
+// holds: answers would be the container's.
+func TestSockHeldTuple(t *testing.T) {
+	lab := newSockLab(t)
+	const bound = 20000
+	class := make([]byte, lab.maps["port_class"].ValueSize())
+	require.NoError(t, lab.maps["port_class"].Lookup(uint32(0), &class))
+	class[member(t, lab.spec.Maps["port_class"].Value, "ports")+bound] |= byte(bpf.DatapathPortBitsPORT_SNAT)
+	class[member(t, lab.spec.Maps["port_class"].Value, "ports")+bound+1] |= byte(bpf.DatapathPortBitsPORT_SNAT)
+	require.NoError(t, lab.maps["port_class"].Put(uint32(0), class))
+	hold := func(remote, local string, port int, proto, out uint8) {
+		r, l := netip.MustParseAddr(remote), netip.MustParseAddr(local)
+		key := fields{"sport": bigEndian(80), "dport": bigEndian(port), "proto": proto, "hook": uint8(bpf.DatapathHookHOOK_UPLINK)}
+		flow := record(t, lab.spec.Maps["flows4"].Value, nil)
+		table := "flows4"
+		if r.Is6() {
+			table, flow = "flows6", record(t, lab.spec.Maps["flows6"].Value, nil)
+			key["saddr"], key["daddr"] = r.AsSlice(), l.AsSlice()
+		} else {
+			key["saddr"], key["daddr"] = r.AsSlice(), l.AsSlice()
+		}
+		entry := btf.UnderlyingType(lab.spec.Maps[table].Value).(*btf.Struct).Members[0]
+		flow[int(entry.Offset.Bytes())+member(t, entry.Type, "flags")] = out
+		require.NoError(t, lab.maps[table].Put(record(t, lab.spec.Maps[table].Key, key), flow))
+	}
+	const container, stack = uint8(bpf.DatapathHookHOOK_CONTAINER), 0
+	hold("10.77.0.2", "10.77.0.1", bound, tcp, container)
+	hold("10.77.0.2", "10.77.0.1", bound, udp, container)
+	hold("fd77::2", "fd77::1", bound, tcp, container)
+	hold("10.77.0.2", "10.77.0.1", bound+1, udp, stack) // what the host itself claimed
+
+	const v4, v6, taken = unix.AF_INET, unix.AF_INET6, "cannot assign requested address"
+	for _, c := range []struct {
+		name   string
+		ns     netns.NsHandle
+		script dialScript
+		taken  bool
+	}{
+		{"no address", lab.host, dialScript{v4, tcp, []string{"bind 0.0.0.0:20000", "connect 10.77.0.2:80"}}, true},
+		{"that address", lab.host, dialScript{v4, tcp, []string{"bind 10.77.0.1:20000", "connect 10.77.0.2:80"}}, true},
+		{"UDP", lab.host, dialScript{v4, udp, []string{"bind 0.0.0.0:20000", "connect 10.77.0.2:80", "send"}}, true},
+		{"mapped", lab.host, dialScript{v6, tcp, []string{"bind [::]:20000", "connect [::ffff:10.77.0.2]:80"}}, true},
+		{"IPv6", lab.host, dialScript{v6, tcp, []string{"bind [::]:20000", "connect [fd77::2]:80"}}, true},
+		{"IPv6, that address", lab.host, dialScript{v6, tcp, []string{"bind [fd77::1]:20000", "connect [fd77::2]:80"}}, true},
+		{"IPv6 UDP is held by nobody", lab.host, dialScript{v6, udp, []string{"bind [::]:20000", "connect [fd77::2]:80", "send"}}, false},
+		{"another remote port", lab.host, dialScript{v4, tcp, []string{"bind 0.0.0.0:20000", "connect 10.77.0.2:81"}}, false},
+		{"another port", lab.host, dialScript{v4, tcp, []string{"bind 0.0.0.0:20001", "connect 10.77.0.2:80"}}, false},
+		{"another address", lab.host, dialScript{v4, tcp, []string{"bind 192.0.2.1:20000", "connect 10.77.0.2:80"}}, false},
+		{"held by the host", lab.host, dialScript{v4, udp, []string{"bind 0.0.0.0:20001", "connect 10.77.0.2:80", "send"}}, false},
+		{"not bound", lab.host, dialScript{v4, tcp, []string{"connect 10.77.0.2:80"}}, false},
+		{"another namespace", lab.container, dialScript{v4, tcp, []string{"bind 0.0.0.0:20000", "connect 10.77.0.2:80"}}, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := lab.dial(t, c.ns, c.script)
+			if c.taken {
+				assert.Contains(t, r.Err, taken)
+				return
+			}
+			assert.NotContains(t, r.Err, taken)
+			assert.Contains(t, r.Answer, "container:", "%+v", r)
+		})
+	}
+}
+
 // A closed socket is forgotten, so that the table holds the living only.
 func TestSockPeersGoWithSocket(t *testing.T) {
 	lab := newSockLab(t)

@@ -153,8 +153,8 @@ func Load(opts Options) (*Loader, error) {
 		return nil, fmt.Errorf("read the sock object: %w", err)
 	}
 	// The sock object shares the maps; it declares the flow tables with their nominal size.
-	delete(spec.Maps, "flows4")
-	delete(spec.Maps, "flows6")
+	spec.Maps["flows4"].MaxEntries = size
+	spec.Maps["flows6"].MaxEntries = size / 2
 	l.sock, err = l.load(spec, sock)
 	if err == nil {
 		err = clear(programsDir(opts.BPFFS), datapath, sock, shelf{object: bpf.StrictDigest()})

@@ -41,6 +41,7 @@ func TestNATFlows(t *testing.T) {
 	t.Run("options", func(t *testing.T) { testOptions(t, w) })
 	t.Run("by address", func(t *testing.T) { testByAddress(t, w) })
 	t.Run("link", func(t *testing.T) { testLink(t, w) })
+	t.Run("host's socket", func(t *testing.T) { testHostSocket(t, w) })
 }
 
 // way is one of the ways that packets take, and back.
@@ -540,6 +541,27 @@ func testLink(t *testing.T, w *natSite) {
 		}
 	})
 	require.Empty(t, since(t, m, before).drops())
+}
+
+// A host's socket that was bound to a container's outer port may dial anybody but whom that flow is
+// with; there it gets an error, and the flow goes on.
+func testHostSocket(t *testing.T, w *natSite) {
+	w.Client2.Serve(t, "--tcp", "7001,7002", "--udp", "7001,7002")
+	for _, there := range []netip.Addr{lab.Client24, lab.Client26} {
+		any := map[bool]string{false: "0.0.0.0", true: "[::]"}[there.Is6()]
+		flow := converse(t, w.peer, at(there, 7001))
+		outer := parseAddrPort(t, flow.view.Remote)
+		for _, bind := range []string{outer.String(), any + ":" + strconv.Itoa(int(outer.Port()))} {
+			r, err := w.Host.Get("--bind", bind, at(there, 7001))
+			require.Error(t, err)
+			require.Equal(t, "EADDRNOTAVAIL", r.Errno, "%s: %+v", bind, r)
+			require.Equal(t, "connect", r.Stage, "%s: %+v", bind, r)
+		}
+		flow.say(t, "goes on")
+		w.Host.MustGet(t, "--network", "udp", "--bind", outer.String(), at(there, 7001))
+		w.Host.MustGet(t, "--bind", any+":"+strconv.Itoa(int(outer.Port())), at(there, 7002))
+		flow.say(t, "and on")
+	}
 }
 
 // Needs root. Streams and datagrams with and without checksum and segmentation offloads at both ends
