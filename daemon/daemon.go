@@ -199,6 +199,7 @@ func open(cfg Config) (_ *Daemon, err error) {
 		Dir: cfg.State, Cgroup: cfg.Cgroup, Version: cfg.Version, Log: d.log,
 		Held: d.own.Held, Lost: d.relayLost,
 	})
+	d.relayed = d.relay.Served() // published without a gap
 	return d, d.openStrict()
 }
 

@@ -83,6 +83,13 @@ func (k *Keeper) Has(key Key) bool {
 	return ok
 }
 
+// Served are the ports that the relay serves.
+func (k *Keeper) Served() map[Key]bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.list()
+}
+
 // Apply has the relay serve these ports and no others. It returns which of them it serves, and why not
 // the others. A port that could not be bound is tried again with the next call that says so. Where
 // nothing has changed, nothing is done.
@@ -90,11 +97,16 @@ func (k *Keeper) Apply(want map[Key]netip.AddrPort, again bool) (served map[Key]
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	err = k.apply(want, again)
-	served = make(map[Key]bool, len(k.served))
+	return k.list(), maps.Clone(k.failed), err
+}
+
+// list is Served. The caller holds k.mu.
+func (k *Keeper) list() map[Key]bool {
+	out := make(map[Key]bool, len(k.served))
 	for key := range k.served {
-		served[key] = true
+		out[key] = true
 	}
-	return served, maps.Clone(k.failed), err
+	return out
 }
 
 func (k *Keeper) apply(want map[Key]netip.AddrPort, again bool) error {

@@ -359,6 +359,9 @@ static __always_inline int container_slow(struct __sk_buff *skb, struct scratch 
 		if (!port || !port_serves(port, v6)) {
 			if (!port && whole && port_reserved(p, cfg, class))
 				return drop_from(skb, slot, REASON_PORT_NOT_READY);
+			/* The relay would serve whoever asks. */
+			if (port && net->flags & NETWORK_INTERNAL)
+				return drop_from(skb, slot, REASON_INTERNAL);
 			if (whole)
 				flow_open_stack(s, cfg, slot, v6);
 			count_endpoint_tx(skb, slot);

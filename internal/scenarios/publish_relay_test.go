@@ -7,12 +7,15 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/bpfnet/bpfnet/internal/lab"
+	"github.com/bpfnet/bpfnet/relay"
 )
 
 var loopback6 = netip.IPv6Loopback()
@@ -112,4 +115,89 @@ func TestProxy4To6(t *testing.T) {
 			}
 		})
 	}
+}
+
+// relayPID is the relay's process, by what it tells of itself.
+func (w *site) relayPID(t *testing.T) int {
+	t.Helper()
+	st, err := relay.Ask(w.b.State)
+	require.NoError(t, err)
+	require.NotNil(t, st, "no relay runs")
+	return st.PID
+}
+
+// Needs root and a Docker Engine. What goes through the relay goes on while the daemon is killed and while
+// it is down; the next daemon finds the relay again; what ends the relay is the last port's end, and cleanup.
+func TestRelayOutlivesDaemon(t *testing.T) {
+	w, gateway := plainSite(t, noProxy)
+	w.serve(t, "web", "plain", "-p", "8080:80", "-p", "8080:80/udp")
+	relayed(t, w.Client, lab.Host6, 8080, gateway, "web", "tcp")
+	pid := w.relayPID(t)
+	var streams []*lab.Stream
+	for _, network := range []string{"tcp", "udp"} {
+		streams = append(streams, w.Client.Stream(t, "--network", network, "--interval", "5ms", "--duration", "5m", at(lab.Host6, 8080)))
+	}
+	w.b.Kill()
+	relayed(t, w.Client, lab.Host6, 8080, gateway, "web", "tcp", "udp")
+	assert.Contains(t, w.b.MustCLI(t, "status"), "[::]:8080/udp")
+	w.b.Start(t)
+	relayed(t, w.Client, lab.Host6, 8080, gateway, "web", "tcp", "udp")
+	w.b.Restart(t)
+	relayed(t, w.Client, lab.Host6, 8080, gateway, "web", "tcp", "udp")
+	assert.Equal(t, pid, w.relayPID(t), "it is the same process")
+	for _, s := range streams {
+		sum := s.Finish(t)
+		assert.Zero(t, sum.Lost+sum.Corrupt+sum.Resets, "%+v", sum)
+		assert.Greater(t, sum.Received, int64(20))
+	}
+
+	// A relay that is killed is started again, and serves the same.
+	require.NoError(t, syscall.Kill(pid, syscall.SIGKILL))
+	lab.Eventually(t, 10*time.Second, "another relay serves", func() bool {
+		st, err := relay.Ask(w.b.State)
+		return err == nil && st != nil && st.PID != pid && len(st.Ports) == 2
+	})
+	relayed(t, w.Client, lab.Host6, 8080, gateway, "web", "tcp", "udp")
+
+	// An internal network is closed here too, whoever would serve it.
+	w.d.MustRun(t, "network", "create", "--internal", "--ipv6", "--subnet", "fd00:17::/64", "inner")
+	w.idle(t, "inside", "inner")
+	_, inner := w.gateways(t, "inner")
+	m := w.maps(t)
+	before := readCounters(t, m)
+	r, err := w.d.NS(t, "inside").Get("--timeout", noAnswer.String(), at(inner, 8080))
+	require.Error(t, err, "%+v", r)
+	assert.Equal(t, counters{"internal/container": 1}, since(t, m, before).drops())
+
+	// The port follows the container over a restart, and another one takes it over.
+	w.d.MustRun(t, "restart", "-t", "0", "web")
+	w.ready(t, "web")
+	lab.Eventually(t, 10*time.Second, "web is served again", func() bool {
+		_, err := w.Client.Get("--timeout", noAnswer.String(), at(lab.Host6, 8080))
+		return err == nil
+	})
+	for i := range count(50) {
+		w.d.MustRun(t, "rm", "-f", "web")
+		// With IPv6 it is the Engine that binds [::]:8080.
+		w.serve(t, "web", map[bool]string{true: "blue", false: "plain"}[i%2 == 0], "-p", "8080:80", "-p", "8080:80/udp")
+	}
+	w.d.MustRun(t, "rm", "-f", "web")
+	lab.Eventually(t, 10*time.Second, "the relay has ended", func() bool {
+		st, err := relay.Ask(w.b.State)
+		return err == nil && st == nil && len(w.processesOf("bpfnet-relay")) == 0
+	})
+	assert.NoError(t, w.bindable(t, "tcp", "6", "8080"))
+
+	// What a program of the host has stays its own, and is said.
+	w.Host.Serve(t, "--tcp", "8085", "--family", "6")
+	w.serve(t, "web", "plain", "-p", "8085:80", "-p", "8086:80")
+	relayed(t, w.Host, loopback6, 8086, gateway, "web", "tcp")
+	assert.Regexp(t, `port \[::\]:8085->80/tcp of web .*in use by labtool`, w.b.MustCLI(t, "status"))
+
+	w.b.Stop(t)
+	relayed(t, w.Client, lab.Host6, 8086, gateway, "web", "tcp")
+	w.b.MustCLI(t, "cleanup", "--leave-open")
+	assert.NoFileExists(t, filepath.Join(w.b.State, relay.SocketName))
+	// A cgroup with a process in it cannot be removed.
+	assert.NoDirExists(t, filepath.Join(w.Cgroup, "bpfnet-relay"))
 }
