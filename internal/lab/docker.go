@@ -130,6 +130,18 @@ func (d *Docker) Reconfigure(t testing.TB, opts DockerOpts) {
 	d.Start(t)
 }
 
+// Reload gives the engine a new daemon.json and has it read that, as "systemctl reload docker" does. What
+// it has taken up shows in "docker info".
+func (d *Docker) Reload(t testing.TB, config string) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(d.Dir, "daemon.json"), []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.proc.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // Start starts the engine again after Stop or Kill, and waits until it answers.
 func (d *Docker) Start(t testing.TB) {
 	t.Helper()

@@ -18,13 +18,20 @@ import (
 )
 
 // The options of an Engine that makes its rules, in both families, and of one that leaves them to
-// bpfnet. Both leave containers running when it restarts.
+// bpfnet.
 var (
-	rulesOn = lab.DockerOpts{
-		IPTables: true, Proxy: true, ExtraArgs: []string{"--live-restore", "--ip6tables=true", "--experimental"},
-	}
-	rulesOff = lab.DockerOpts{ExtraArgs: []string{"--live-restore", "--experimental"}}
+	rulesOn  = lab.DockerOpts{IPTables: true, Proxy: true, ExtraArgs: []string{"--ip6tables=true", "--experimental"}}
+	rulesOff = lab.DockerOpts{ExtraArgs: []string{"--experimental"}}
 )
+
+// liveRestore has the Engine leave containers running when it restarts, from now on.
+func (w *site) liveRestore(t *testing.T) {
+	t.Helper()
+	w.d.Reload(t, `{"live-restore": true}`)
+	lab.Eventually(t, 10*time.Second, "live-restore is on", func() bool {
+		return w.d.MustRun(t, "info", "--format", "{{.LiveRestoreEnabled}}") == "true"
+	})
+}
 
 // newSwitchSite is a host with an Engine that makes its own rules, and containers on three networks:
 // web and peer on blue, other on red, plain on the default one.
@@ -151,7 +158,11 @@ func TestSwitchOverAndBack(t *testing.T) {
 	w := newSwitchSite(t, rulesOn)
 	tr := busy(t, w)
 	seen := knock(t, w)
-	proxied := w.Host.Stream(t, "--interval", "10ms", "--duration", "5m", "127.0.0.1:8080")
+	proxied := map[string]*lab.Stream{
+		"the host":               w.Host.Stream(t, "--interval", "10ms", "--duration", "5m", "127.0.0.1:8080"),
+		"a neighbour":            w.d.NS(t, "peer").Stream(t, "--interval", "10ms", "--duration", "5m", at(lab.Host4, 8080)),
+		"one of another network": w.d.NS(t, "other").Stream(t, "--interval", "10ms", "--duration", "5m", at(lab.Host4, 8080)),
+	}
 	step := func(when string) {
 		t.Helper()
 		tr.flow(t)
@@ -169,11 +180,14 @@ func TestSwitchOverAndBack(t *testing.T) {
 	step("beside the Engine's rules")
 	assert.Positive(t, since(t, m, before).fast(), "nothing takes the fast path")
 	assert.Contains(t, w.b.Log(), "took over flows from netfilter")
-	sum := proxied.Finish(t)
-	assert.Zero(t, sum.Lost+sum.Corrupt+sum.Resets, "through docker-proxy: %+v", sum)
-	assert.Greater(t, sum.Received, int64(20))
+	for who, s := range proxied {
+		sum := s.Finish(t)
+		assert.Zero(t, sum.Lost+sum.Corrupt+sum.Resets, "%s through docker-proxy: %+v", who, sum)
+		assert.Greater(t, sum.Received, int64(20), who)
+	}
 
 	// The Engine without.
+	w.liveRestore(t)
 	w.d.Reconfigure(t, rulesOff)
 	step("the Engine without rules of its own")
 	require.Contains(t, w.Host.MustRun(t, "iptables-save"), "DOCKER", "the Engine left nothing behind")
@@ -249,6 +263,7 @@ func TestSwitchRefusals(t *testing.T) {
 	refused("makes iptables rules", "takeover")
 	l.Host.MustRun(t, "iptables", "-I", "DOCKER-USER", "-s", "10.8.0.0/16", "-j", "DROP")
 	l.Host.MustRun(t, "iptables", "-A", "INPUT", "-p", "tcp", "--dport", "25", "-j", "DROP")
+	w.liveRestore(t)
 	w.d.Reconfigure(t, rulesOff)
 	refused("DOCKER-USER has rules of your own, which no packet of a container meets: iptables -A DOCKER-USER -s 10.8.0.0/16 -j DROP", "takeover")
 	w.b.Stop(t)
@@ -277,7 +292,7 @@ func TestSwitchRefusals(t *testing.T) {
 
 	// An Engine that makes rules for one family guards nothing of the other.
 	half := rulesOn
-	half.ExtraArgs = []string{"--live-restore"}
+	half.ExtraArgs = nil
 	w.d.Reconfigure(t, half)
 	w.b.Stop(t)
 	refused("these networks would stand open: blue (IPv6), red (IPv6)", "cleanup")
