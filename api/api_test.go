@@ -57,6 +57,12 @@ func (n *networks) Announce(_ context.Context, p PortBinding) error {
 	return nil
 }
 
+func (n *networks) AllowEndpoint(context.Context, ByHand) (Result, error) {
+	return Result{true}, n.fail
+}
+
+func (n *networks) DisallowEndpoint(context.Context, Named) (Result, error) { return Result{}, n.fail }
+
 func (n *networks) Disallow(_ context.Context, p Pair) (bool, error) { return n.set(p, false) }
 
 // serve runs a server until the test ends and returns its socket.

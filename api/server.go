@@ -29,6 +29,10 @@ type Handler interface {
 	Disallow(ctx context.Context, p Pair) (changed bool, err error)
 	// Announce has a port lead to a container that is about to start, from when it returns on.
 	Announce(ctx context.Context, p PortBinding) error
+	// AllowEndpoint serves a device that no engine made, from when it returns on.
+	AllowEndpoint(ctx context.Context, e ByHand) (Result, error)
+	// DisallowEndpoint takes AllowEndpoint back.
+	DisallowEndpoint(ctx context.Context, n Named) (Result, error)
 	Embedded
 }
 
@@ -159,6 +163,8 @@ func (s *Server) routes() http.Handler {
 	post(mux, pathAnnounce, func(ctx context.Context, p PortBinding) (Result, error) {
 		return Result{Changed: true}, s.h.Announce(ctx, p)
 	})
+	post(mux, pathAllowEndpoint, s.h.AllowEndpoint)
+	post(mux, pathDisallowEndpoint, s.h.DisallowEndpoint)
 	post(mux, pathNetwork+"create", s.h.CreateNetwork)
 	post(mux, pathNetwork+"remove", s.h.RemoveNetwork)
 	post(mux, pathNetwork+"connect", s.h.Connect)

@@ -521,6 +521,9 @@ func (d *Daemon) reconcile() (err error) {
 	if err != nil {
 		return err
 	}
+	byHand, err := d.byHand(devices, state)
+	errs = append(errs, err)
+	state.Endpoints = slices.Concat(state.Endpoints, byHand)
 	known := state
 	if closed := d.unreported(devices, served); len(closed) > 0 {
 		state.Networks = slices.Concat(state.Networks, closed)

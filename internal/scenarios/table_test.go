@@ -48,6 +48,7 @@ var dockerScenarios = []scenario{
 	{"S17-macvlan", s17},
 	{"S20-swarm", s20},
 	{"S18-build-classic", func(t *testing.T, w *world) { s18(t, w, "0") }},
+	{"S19-veth-by-hand", s19},
 	{"S18-build-buildkit", func(t *testing.T, w *world) { s18(t, w, "1") }},
 }
 
