@@ -57,6 +57,8 @@ type Facts struct {
 	Features []loader.Feature
 	Memcg    bool   // memory of programs counts against cgroups
 	Memlock  uint64 // this process's limit, bytes
+	// DestroyErr says that the kernel cannot end the host's sockets to containers that are gone.
+	DestroyErr error
 
 	BPFFS        string // pin directory
 	BPFFSNearest string // nearest directory to it that exists

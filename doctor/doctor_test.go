@@ -105,6 +105,7 @@ func TestJudge(t *testing.T) {
 		{"no bpffs, where the daemon mounts it", func(f *Facts) { f.BPFFSMounted = false }, "bpffs", Note, "the daemon mounts it", "mount -t bpf bpf /sys/fs/bpf"},
 		{"no bpffs elsewhere", func(f *Facts) { f.BPFFSMounted, f.BPFFS, f.BPFFSNearest = false, "/mnt/x/y", "/mnt/x" }, "bpffs", Broken, "is in no bpffs", "mount -t bpf bpf /mnt/x"},
 		{"no cgroup2", func(f *Facts) { f.CgroupErr = errors.New("cgroup2 is not mounted") }, "cgroup", Broken, "not mounted", "mkdir -p /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup"},
+		{"no SOCK_DESTROY", func(f *Facts) { f.DestroyErr = netdev.ErrNoDestroy }, "kernel", Note, "CONFIG_INET_DIAG_DESTROY", "modprobe -a tcp_diag udp_diag"},
 		{"a small memlock limit", func(f *Facts) { f.Memcg, f.Memlock = false, 64<<10 }, "memlock", Note, "64 KiB", "ulimit -l unlimited"},
 		{"IPv6 wanted and not there", func(f *Facts) {
 			f.IPv6, f.Snapshot.Networks[0].Subnets = false, []string{"fd00::/64"}

@@ -32,6 +32,9 @@ func checkKernel(f *Facts) []Finding {
 	for _, w := range ways {
 		out = append(out, okf("%s", w))
 	}
+	if f.DestroyErr != nil {
+		out = append(out, notef("modprobe -a tcp_diag udp_diag", "sockets of the host to a container that is gone wait for their timeout: %s", oneLine(f.DestroyErr.Error())))
+	}
 	return out
 }
 

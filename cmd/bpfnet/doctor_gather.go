@@ -57,6 +57,7 @@ func (a *App) gatherFacts(ctx context.Context, earlier *doctor.Facts) (*doctor.F
 	} else {
 		g.f.Release, g.f.LoadErr, g.f.Features, g.f.Memcg = earlier.Release, earlier.LoadErr, earlier.Features, earlier.Memcg
 		g.f.Memlock, g.f.Cgroup, g.f.CgroupErr = earlier.Memlock, earlier.Cgroup, earlier.CgroupErr
+		g.f.DestroyErr = earlier.DestroyErr
 	}
 	g.f.BPFFSNearest, g.f.BPFFSMounted = loader.IsBPFFS(g.f.BPFFS)
 	_, err := os.Stat("/proc/sys/net/ipv6")
@@ -119,6 +120,7 @@ func (g *gatherer) kernel() {
 		g.f.LoadErr = loader.TryLoad()
 	}
 	g.f.Features = loader.Features(g.f.Cgroup)
+	g.f.DestroyErr = netdev.CanDestroySockets()
 	g.f.Memcg = loader.MemcgAccounting()
 }
 
