@@ -91,6 +91,18 @@ var Options = []Option{
 	{Name: "masquerade-off", Text: "enable_ip_masquerade=false", Create: []string{"-o", label + "bridge.enable_ip_masquerade=false"}},
 	{Name: "binding", Text: "host_binding_ipv4=192.0.2.1", Create: []string{"-o", label + "bridge.host_binding_ipv4=192.0.2.1"}},
 	{Name: "v4-only", Text: "a network without IPv6", V4Only: true},
+	{Name: "routed", Text: "gateway_mode_ipv4 and gateway_mode_ipv6=routed", Create: []string{
+		"-o", label + "bridge.gateway_mode_ipv4=routed", "-o", label + "bridge.gateway_mode_ipv6=routed"}},
+	{Name: "routed-v6", Text: "gateway_mode_ipv6=routed, IPv4 as usual", Create: []string{
+		"-o", label + "bridge.gateway_mode_ipv6=routed"}},
+	{Name: "unprotected", Text: "gateway_mode_ipv4 and gateway_mode_ipv6=nat-unprotected", Create: []string{
+		"-o", label + "bridge.gateway_mode_ipv4=nat-unprotected", "-o", label + "bridge.gateway_mode_ipv6=nat-unprotected"}},
+	{Name: "isolated", Text: "--internal with gateway_mode_ipv4 and gateway_mode_ipv6=isolated", Create: []string{"--internal",
+		"-o", label + "bridge.gateway_mode_ipv4=isolated", "-o", label + "bridge.gateway_mode_ipv6=isolated"}},
+	{Name: "host-address", Text: "host_ipv4=192.0.2.1, the first uplink's, without IPv6, with which 20.10 takes that option for both families",
+		Create: []string{"-o", label + "host_ipv4=192.0.2.1"}, V4Only: true},
+	{Name: "trusted", Text: "trusted_host_interfaces=up0, the first uplink", Create: []string{
+		"-o", label + "bridge.trusted_host_interfaces=up0"}},
 	{Name: "two", Text: "the container is on two networks; senders on the second"},
 }
 
@@ -122,7 +134,8 @@ var reasons = []struct {
 			c.To == HostGateway && c.From != Self)
 	}},
 	{"a network without IPv6 has no IPv6 addresses: what is left is IPv6 to published ports, from others", func(c Cell) bool {
-		return c.Option == "v4-only" && c.Family == "v6" && (c.From == Self || c.From == Same || c.Proto == "sctp" ||
+		o, _ := OptionNamed(c.Option)
+		return o.V4Only && c.Family == "v6" && (c.From == Self || c.From == Same || c.Proto == "sctp" ||
 			c.To == Container || c.To == Unpublished || c.To == Gateway || c.To == LoopbackOut)
 	}},
 	{"the port of a single address is closed at others whatever the network's options are", func(c Cell) bool {
