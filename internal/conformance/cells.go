@@ -78,6 +78,36 @@ type Option struct {
 	Create []string
 	// V4Only has the network made without IPv6.
 	V4Only bool
+	// Engine are arguments of the reference's dockerd, Daemon those of bpfnet that say the same. Options
+	// that differ in these are asked at different times.
+	Engine, Daemon []string
+	// Linked has senders of the same network started with a link to the server, which only the Engine's
+	// own network knows.
+	Linked bool
+}
+
+// Networks are the names of the networks that an option's server is on. Senders are on the last.
+func (o Option) Networks() []string {
+	switch {
+	case strings.HasPrefix(o.Name, "bridge"):
+		return []string{"bridge"}
+	case o.Name == "two":
+		return []string{"two-a", "two-b"}
+	}
+	return []string{"net-" + o.Name} // "default" is taken
+}
+
+// Worlds are the options in groups that are asked at the same time.
+func Worlds() [][]Option {
+	var worlds [][]Option
+	for _, o := range Options {
+		i := slices.IndexFunc(worlds, func(w []Option) bool { return slices.Equal(w[0].Engine, o.Engine) })
+		if i < 0 {
+			i, worlds = len(worlds), append(worlds, nil)
+		}
+		worlds[i] = append(worlds[i], o)
+	}
+	return worlds
 }
 
 const label = "com.docker.network."
@@ -103,6 +133,9 @@ var Options = []Option{
 		Create: []string{"-o", label + "host_ipv4=192.0.2.1"}, V4Only: true},
 	{Name: "trusted", Text: "trusted_host_interfaces=up0, the first uplink", Create: []string{
 		"-o", label + "bridge.trusted_host_interfaces=up0"}},
+	{Name: "bridge-closed", Text: "the Engine's own network with --icc=false, --ip-masq=false and --ip=192.0.2.1; senders of the same network are linked",
+		Engine: []string{"--icc=false", "--ip-masq=false", "--ip=192.0.2.1"},
+		Daemon: []string{"--default-bridge-no-icc", "--default-bridge-no-masquerade", "--default-bridge-ip=192.0.2.1"}, Linked: true},
 	{Name: "two", Text: "the container is on two networks; senders on the second"},
 }
 

@@ -65,6 +65,7 @@ type site struct {
 	d *lab.Docker
 	b *lab.Bpfnet
 
+	options []Option
 	outside map[string]*lab.NS // remote, tun, neighbour
 	other   *lab.NS
 	gate    pair              // of other's network
@@ -95,10 +96,10 @@ type place struct {
 
 type network struct{ address, gateway pair } // of the server, of the bridge
 
-func newSite(t *testing.T, m mode) *site {
+func newSite(t *testing.T, m mode, world []Option) *site {
 	t.Helper()
 	began := time.Now()
-	s := &site{Lab: lab.New(t, lab.Opts{}), places: map[string]*place{}, witnesses: map[string]*lab.Witness{}}
+	s := &site{Lab: lab.New(t, lab.Opts{}), options: world, places: map[string]*place{}, witnesses: map[string]*lab.Witness{}}
 	s.machines(t)
 	proxy := filepath.Join(s.Dir, "docker-proxy")
 	switch {
@@ -110,15 +111,18 @@ func newSite(t *testing.T, m mode) *site {
 		m.docker.ProxyPath = proxy
 	}
 	m.docker.ExtraArgs = []string{"--ipv6", "--fixed-cidr-v6", "fd00:0:0:ff::/64"}
+	if !m.bpfnet { // with iptables off, dockerd refuses some of these
+		m.docker.ExtraArgs = append(m.docker.ExtraArgs, world[0].Engine...)
+	}
 	s.d = s.StartDocker(t, m.docker)
 	s.makeNetworks(t)
 	if m.bpfnet {
-		s.b = s.StartBpfnet(t, s.d)
+		s.b = s.StartBpfnet(t, s.d, world[0].Daemon...)
 		require.NoError(t, os.Symlink(s.b.Binary(), proxy))
 	}
 	s.run(t, m)
 	s.witness(t)
-	t.Logf("%s: the site stands after %.1f s", m.name, time.Since(began).Seconds())
+	t.Logf("%s, %d options: the site stands after %.1f s", m.name, len(world), time.Since(began).Seconds())
 	return s
 }
 
@@ -144,22 +148,11 @@ func (s *site) machines(t *testing.T) {
 	}
 }
 
-// bridges are the networks of an option, by name.
-func bridges(o Option) []string {
-	switch o.Name {
-	case "bridge":
-		return []string{"bridge"}
-	case "two":
-		return []string{"two-a", "two-b"}
-	}
-	return []string{"net-" + o.Name} // "default" is taken
-}
-
 func (s *site) makeNetworks(t *testing.T) {
 	t.Helper()
 	number := 0
-	for _, o := range append(slices.Clone(Options), Option{Name: Other}) {
-		for _, name := range bridges(o) {
+	for _, o := range append(slices.Clone(s.options), Option{Name: Other}) {
+		for _, name := range o.Networks() {
 			if name == "bridge" {
 				continue
 			}
@@ -176,11 +169,14 @@ func (s *site) makeNetworks(t *testing.T) {
 // run starts the containers, and waits until their ports are published.
 func (s *site) run(t *testing.T, m mode) {
 	t.Helper()
-	var starts [][]string
+	var starts, linked [][]string // those with a link need the other end
 	start := func(name, network string, args ...string) {
-		starts = append(starts, slices.Concat([]string{"run", "-d", "--name", name, "--network", network}, args, []string{lab.Image, "sleep", "1000000"}))
+		if network != "bridge" { // the client takes --link only where that is not said
+			args = append(args, "--network", network)
+		}
+		starts = append(starts, slices.Concat([]string{"run", "-d", "--name", name}, args, []string{lab.Image, "sleep", "1000000"}))
 	}
-	for i, o := range Options {
+	for i, o := range s.options {
 		base := uint16(8000 + 10*i)
 		p := &place{Option: o, any: base, one: base + 1, loopback: base + 2, sctp: base + 3}
 		s.places[o.Name] = p
@@ -199,32 +195,31 @@ func (s *site) run(t *testing.T, m mode) {
 		case m.sctp:
 			publish = append(publish, "-p", fmt.Sprintf("%d:%d/sctp", p.sctp, p.sctp))
 		}
-		start("server-"+o.Name, bridges(o)[0], publish...)
-		start("same-"+o.Name, bridges(o)[len(bridges(o))-1])
+		start("server-"+o.Name, o.Networks()[0], publish...)
+		if o.Linked {
+			starts, linked = linked, starts
+			start("same-"+o.Name, o.Networks()[0], "--link", "server-"+o.Name)
+			starts, linked = linked, starts
+			continue
+		}
+		start("same-"+o.Name, o.Networks()[len(o.Networks())-1])
 	}
 	start("other", "net-other")
-
-	var all sync.WaitGroup
-	errs := make([]error, len(starts))
-	slots := make(chan struct{}, 3)
-	for i, args := range starts {
-		all.Go(func() {
-			slots <- struct{}{}
-			defer func() { <-slots }()
-			_, errs[i] = s.d.Run(args...)
-		})
+	s.together(t, starts)
+	s.together(t, linked)
+	endpoints := len(starts) + len(linked)
+	for _, o := range s.options {
+		for _, more := range o.Networks()[1:] {
+			s.d.MustRun(t, "network", "connect", more, "server-"+o.Name)
+			endpoints++
+		}
 	}
-	all.Wait()
-	for _, err := range errs {
-		require.NoError(t, err)
-	}
-	s.d.MustRun(t, "network", "connect", "two-b", "server-two")
 
 	s.other, s.gate = s.d.NS(t, "other"), s.gateway(t, "net-other")
-	for _, o := range Options {
+	for _, o := range s.options {
 		p := s.places[o.Name]
 		p.server, p.same = s.d.NS(t, "server-"+o.Name), s.d.NS(t, "same-"+o.Name)
-		for _, name := range bridges(o) {
+		for _, name := range o.Networks() {
 			n := network{gateway: s.gateway(t, name)}
 			n.address[0], n.address[1] = s.d.Addrs(t, "server-"+o.Name, name)
 			p.networks = append(p.networks, n)
@@ -235,9 +230,28 @@ func (s *site) run(t *testing.T, m mode) {
 	}
 	lab.Eventually(t, 30*time.Second, "all endpoints are ready", func() bool {
 		snap, err := api.ReadSnapshot(s.b.State)
-		return err == nil && len(snap.Endpoints) == len(starts)+1 &&
+		return err == nil && len(snap.Endpoints) == endpoints &&
 			!slices.ContainsFunc(snap.Endpoints, func(e api.Endpoint) bool { return !e.Ready })
 	})
+}
+
+// together runs commands of docker, a few at a time.
+func (s *site) together(t *testing.T, commands [][]string) {
+	t.Helper()
+	var all sync.WaitGroup
+	errs := make([]error, len(commands))
+	slots := make(chan struct{}, 3)
+	for i, args := range commands {
+		all.Go(func() {
+			slots <- struct{}{}
+			defer func() { <-slots }()
+			_, errs[i] = s.d.Run(args...)
+		})
+	}
+	all.Wait()
+	for _, err := range errs {
+		require.NoError(t, err)
+	}
 }
 
 func (s *site) gateway(t *testing.T, name string) pair {
