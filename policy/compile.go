@@ -298,11 +298,9 @@ func Compile(in Intents, last Slots) (Tables, Slots) {
 	}
 	for _, o := range in.State.Openings {
 		from, to := targets[o.From], targets[o.To]
-		for _, is4 := range []bool{true, false} {
-			a, b := from.addr(is4), to.addr(is4)
-			if from.NetworkID == to.NetworkID && a.IsValid() && b.IsValid() && byID[from.NetworkID].NoICC {
-				t.Open[OpenKey{From: a, To: netip.AddrPortFrom(b, o.Port), Proto: o.Proto}] = 0
-			}
+		a, b := from.addr(true), to.addr(true) // the Engine opens a link over IPv4 only
+		if from.NetworkID == to.NetworkID && a.IsValid() && b.IsValid() && byID[from.NetworkID].NoICC {
+			t.Open[OpenKey{From: a, To: netip.AddrPortFrom(b, o.Port), Proto: o.Proto}] = 0
 		}
 	}
 	t.Problems = append(t.Problems, in.State.Problems...)

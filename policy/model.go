@@ -168,7 +168,7 @@ func (p Port) String() string {
 }
 
 // Opening lets one endpoint dial a port of another where their network keeps containers apart
-// (docker run --link).
+// (docker run --link), over IPv4 only.
 type Opening struct {
 	From, To string // endpoint IDs
 	Proto    Proto

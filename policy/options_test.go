@@ -4,6 +4,7 @@ package policy
 
 import (
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -130,6 +131,10 @@ func TestCompileModes(t *testing.T) {
 			change: func(in *Intents) {
 				in.State.Networks[0].NoICC = true
 				in.State.Openings = []Opening{{From: "e3", To: "e1", Proto: TCP, Port: 5432}}
+				for i, own := range map[int]string{0: "fd00::31", 2: "fd00::33"} { // for which the Engine opens no link
+					e := &in.State.Endpoints[i]
+					e.Addrs = append(slices.Clone(e.Addrs), netip.MustParseAddr(own))
+				}
 			},
 			ports: []string{"0.0.0.0:8080", "[::]:8080"}, open: []string{"172.17.0.3 " + web + ":5432"},
 		},
