@@ -180,14 +180,15 @@ func ParseDepartures(text []byte) ([]Departure, error) {
 			}
 		}
 	}
-	for _, c := range Cells() {
+	cells := Cells()
+	for _, c := range cells {
 		if _, err := find(list, c); err != nil {
 			return nil, err
 		}
 	}
 	for _, d := range list {
 		for i, p := range d.Cells {
-			if !slices.ContainsFunc(Cells(), p.Matches) {
+			if !slices.ContainsFunc(cells, p.Matches) {
 				return nil, fmt.Errorf("departure %q: pattern %d matches no cell", d.Name, i+1)
 			}
 		}
