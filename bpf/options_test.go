@@ -131,7 +131,7 @@ func TestGatewayModes(t *testing.T) {
 			h.t = t
 			const port = 8099
 			k := bpf.DatapathPortKey{Addr: mapAddr(f.unspecified), Port: swap16(port), Proto: unix.IPPROTO_TCP}
-			h.put("ports", k, bpf.DatapathPort{Addr: mapAddr(a), Port: swap16(80), Slot: 99})
+			h.put("ports", k, bpf.DatapathPort{Addr: mapAddr(families[0].addr(alice)), Port: swap16(80), Slot: 99})
 			h.setClass(port, byte(bpf.DatapathPortBitsPORT_TCP), 0)
 			defer func() {
 				require.NoError(t, h.coll.Maps["ports"].Delete(k))

@@ -283,18 +283,14 @@ func Compile(in Intents, last Slots) (Tables, Slots) {
 		if !ok {
 			continue
 		}
-		if p.Refused {
-			if target := e.addr(p.Host.Addr().Is4()); target.IsValid() {
-				t.Closed[PortKey{p.Proto, p.Host}] = PortRow{Target: netip.AddrPortFrom(target, p.Target), Slot: slot}
-			}
+		if p.Refused || byID[e.NetworkID].Internal {
+			t.close(p, slot, e)
 			continue
 		}
 		for _, m := range mates[e.SandboxID] {
 			t.opening(p, slot, m, m.ID == e.ID, byID[m.NetworkID], in.DirectRouting)
 		}
-		if n := byID[e.NetworkID]; !n.Internal {
-			t.port(p, slot, e, slots.Endpoints[e.ID], n, in)
-		}
+		t.port(p, slot, e, slots.Endpoints[e.ID], byID[e.NetworkID], in)
 	}
 	for _, o := range in.State.Openings {
 		from, to := targets[o.From], targets[o.To]
@@ -480,6 +476,19 @@ func (t *Tables) opening(p Port, slot uint16, e Endpoint, publishes bool, n Netw
 	}
 }
 
+// close has a host port lead nowhere: whoever's socket its source holds there must not answer. Where it
+// holds none, the port may be another program's.
+func (t *Tables) close(p Port, slot uint16, e Endpoint) {
+	host := netip.AddrPortFrom(p.Host.Addr().Unmap(), p.Host.Port())
+	target := e.addr(host.Addr().Is4())
+	if !target.IsValid() {
+		target = e.addr(!host.Addr().Is4())
+	}
+	if target.IsValid() && host.Port() != 0 && !(p.Relay && host.Addr().Is6() && target.Is4()) {
+		t.Closed[PortKey{p.Proto, host}] = PortRow{Target: netip.AddrPortFrom(target, p.Target), Slot: slot}
+	}
+}
+
 // port adds a published port. Over IPv6 a container without such an address is reached by its IPv4
 // one: the host's own sockets can be sent there; all else is for whoever holds the port's socket, the
 // relay or docker-proxy. Without that the port may be another program's, and is not served at all.
@@ -500,8 +509,7 @@ func (t *Tables) port(p Port, slot uint16, e Endpoint, endpoint uint16, n Networ
 		if !host.Addr().IsUnspecified() {
 			t.wrong(n.QualifiedName(), about, "the network is routed", fmt.Sprintf("the host's address is without effect: port %d of %s is open", p.Target, target))
 		}
-		row.Endpoint = 0
-		t.Closed[key] = row
+		t.close(p, slot, e)
 		return
 	}
 	if held, ok := t.Ports[key]; ok {

@@ -118,6 +118,7 @@ func TestCompileModes(t *testing.T) {
 			change: func(in *Intents) {
 				in.State.Networks[0].Internal, in.State.Networks[0].Mode4, in.DirectRouting = true, ModeRouted, true
 			},
+			closed: []string{"0.0.0.0:8080", "[::]:8080"},
 		},
 		"on one address": {
 			change: func(in *Intents) { in.State.Ports = in.State.Ports[0].Narrow(netip.MustParseAddr("192.0.2.1")) },

@@ -203,11 +203,11 @@ static __always_inline struct port *port_find(const struct packet *p, const bool
 
 /*
  * Whether packets can be sent there: not from IPv6 to a container without. Those are for the stack,
- * where the relay or docker-proxy has the port's socket.
+ * where the relay or docker-proxy has the port's socket. What leads nowhere is for nobody.
  */
 static __always_inline bool port_serves(const struct port *port, const bool v6)
 {
-	return addr_is_v4(&port->addr) != v6;
+	return !port->endpoint || addr_is_v4(&port->addr) != v6;
 }
 
 /*
