@@ -116,13 +116,17 @@ func testModes(t *testing.T, w *world) {
 	}
 	noPort := func(t *testing.T, port int, to ...netip.Addr) {
 		t.Helper()
+		var wait sync.WaitGroup
 		for _, a := range to {
 			for _, network := range withPorts {
-				r, err := w.Client.Get("--network", network, "--timeout", noAnswer.String(), at(a, port))
-				require.Error(t, err, "%s %s port %d", network, a, port)
-				assert.True(t, isRefusedOrSilent(r), "%+v", r)
+				wait.Go(func() {
+					r, err := w.Client.Get("--network", network, "--timeout", noAnswer.String(), at(a, port))
+					assert.Error(t, err, "%s %s port %d", network, a, port)
+					assert.True(t, isRefusedOrSilent(r), "%+v", r)
+				})
 			}
 		}
+		wait.Wait()
 	}
 
 	w.Client2.Serve(t, "--tcp", usualPort, "--udp", usualPort)
@@ -544,4 +548,28 @@ func TestOptionsBadInput(t *testing.T) {
 	lab.Eventually(t, 10*time.Second, "the address is back", func() bool { return len(w.snapshot(t).Problems) == len(want)-2 })
 	w.Client.MustGet(t, at(gone, 8020))
 	w.Client.MustGet(t, at(gone, 8007))
+}
+
+// Needs root and a Docker Engine, which runs bpfnet in docker-proxy's place. A container starts also where
+// its port is not to be on the host: the hook is told so, and the socket that it leaves is nobody's to reach.
+func TestOptionsHook(t *testing.T) {
+	w := newHookedSite(t, lab.Opts{}, "--default-bridge-ip", lab.Host4.String())
+	w.d.MustRun(t, append(append([]string{"network", "create", "--ipv6", "--subnet", "fd00:99:1::/64"}, mode("routed")...), "routed")...)
+	w.d.MustRun(t, "network", "create", "-o", bridgeOption+"gateway_mode_ipv4=isolated", "lonely") // not internal
+	m := w.maps(t)
+	for i, network := range []string{"routed", "lonely", "bridge"} {
+		w.serve(t, "on-"+network, network, "-p", fmt.Sprintf("%d:80", 8001+i))
+		w.ready(t, "on-"+network)
+	}
+	v4, v6 := w.d.Addrs(t, "on-routed", "routed")
+	for _, to := range []netip.Addr{v4, v6} {
+		assert.Contains(t, []netip.Addr{lab.Client4, lab.Client6}, clientSeen(t, w.Client.MustGet(t, at(to, 80))))
+	}
+	assert.Equal(t, lab.Client4, clientSeen(t, w.Client.MustGet(t, at(lab.Host4, 8003))))
+	for _, to := range []string{at(lab.Host4, 8001), at(lab.Host6, 8001), at(lab.Host4, 8002), at(lab.HostB4, 8003)} {
+		before := readCounters(t, m)
+		_, err := w.Client.Get("--timeout", noAnswer.String(), to)
+		require.Error(t, err, to)
+		require.Equal(t, counters{"not_published/uplink": 1}, since(t, m, before).drops(), to)
+	}
 }
