@@ -107,8 +107,7 @@ func mobyINC(t *testing.T, w bridgeSite) {
 			if indoors[from] || indoors[to] {
 				p.why = "internal/container"
 			}
-			var none netip.Addr
-			all = append(all, slices.Concat(each(p, 80, none, none, at[to]...), pings(p, at[to]...))...)
+			all = append(all, slices.Concat(each(p, 80, nobody, nobody, at[to]...), pings(p, at[to]...))...)
 		}
 	}
 	unanswerable(t, w.m, all...)
@@ -130,11 +129,10 @@ func mobyInternal(t *testing.T, w bridgeSite) {
 	// neither the world nor published ports; and nobody outside reaches it.
 	blue4, blue6 := w.gateways(t, "blue")
 	answered(t, w.m, each(probe{from: inner}, 7300, own[0], own[1], blue4, blue6)...)
-	var none netip.Addr
 	unanswerable(t, w.m, slices.Concat(
-		each(probe{from: inner, why: "internal/container"}, 80, none, none, lab.Client24, lab.Client26, lab.Internet4),
-		each(probe{from: inner, why: "internal/container"}, 8080, none, none, lab.Host4, lab.Host6),
-		each(probe{from: w.Client, why: "direct_access/uplink"}, 80, none, none, own...),
+		each(probe{from: inner, why: "internal/container"}, 80, nobody, nobody, lab.Client24, lab.Client26, lab.Internet4),
+		each(probe{from: inner, why: "internal/container"}, 8080, nobody, nobody, lab.Host4, lab.Host6),
+		each(probe{from: w.Client, why: "direct_access/uplink"}, 80, nobody, nobody, own...),
 	)...)
 }
 
@@ -276,7 +274,6 @@ func (w bridgeSite) traffic(t *testing.T) {
 	t.Helper()
 	web, peer, far := w.pair(t, "web", "blue"), w.pair(t, "peer", "blue"), w.pair(t, "far", "red")
 	hostOut := []netip.Addr{lab.HostB4, lab.HostB6}
-	var none netip.Addr
 	answered(t, w.m, slices.Concat(
 		each(probe{from: w.d.NS(t, "peer"), host: "web"}, 80, peer[0], peer[1], web...),
 		each(probe{from: w.d.NS(t, "peer")}, 80, hostOut[0], hostOut[1], lab.Client24, lab.Client26, lab.Internet4, lab.Internet6),
@@ -285,8 +282,8 @@ func (w bridgeSite) traffic(t *testing.T) {
 		each(probe{from: w.d.NS(t, "far"), host: "web"}, 8080, far[0], far[1], lab.Host4, lab.Host6),
 	)...)
 	unanswerable(t, w.m, slices.Concat(
-		each(probe{from: w.d.NS(t, "far"), why: "isolated/container"}, 80, none, none, web...),
-		each(probe{from: w.Client, why: "direct_access/uplink"}, 80, none, none, web...),
+		each(probe{from: w.d.NS(t, "far"), why: "isolated/container"}, 80, nobody, nobody, web...),
+		each(probe{from: w.Client, why: "direct_access/uplink"}, 80, nobody, nobody, web...),
 		pings(probe{from: w.Client, why: "direct_access/uplink"}, web...),
 	)...)
 }
@@ -305,8 +302,7 @@ func mobyFlush(t *testing.T, w bridgeSite) {
 	w.ready(t, "later")
 	r := w.Client.MustGet(t, at(lab.Host4, 8095))
 	require.Equal(t, lab.Client4, clientSeen(t, r))
-	var none netip.Addr
-	unanswerable(t, w.m, probe{from: w.Client, network: "tcp", to: at(lab.Host4, 8094), refused: true, seen: none})
+	unanswerable(t, w.m, probe{from: w.Client, network: "tcp", to: at(lab.Host4, 8094), refused: true})
 	for _, save := range []string{"iptables-save", "ip6tables-save"} {
 		for line := range strings.Lines(w.Host.MustRun(t, save)) {
 			require.False(t, strings.HasPrefix(line, "-A") || strings.HasPrefix(line, ":DOCKER"), line)
