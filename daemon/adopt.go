@@ -6,30 +6,39 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/bpfnet/bpfnet/loader"
 	bpfmaps "github.com/bpfnet/bpfnet/maps"
 	"github.com/bpfnet/bpfnet/netdev"
 	"github.com/bpfnet/bpfnet/policy"
 )
 
-// newcomers are the ports of bridges that no program guards yet: containers that ran before their
-// network was served.
-func (d *Daemon) newcomers(devices policy.Devices, pinned []loader.Attachment) map[int]bool {
-	guarded := make(map[int]bool)
-	for _, a := range pinned {
-		if a.Program == loader.FromBridge {
-			guarded[a.Ifindex] = true
-		}
+// newcomers are the ports of bridges that are served for the first time: of containers that ran before
+// their network was served. Until their flows are taken over, they are not READY.
+func (d *Daemon) newcomers(devices policy.Devices, networks []policy.Network) map[int]bool {
+	served := make(map[string]bool)
+	for _, n := range networks {
+		served[n.Bridge] = n.Source == policy.SourceDocker
 	}
 	fresh := make(map[string]bool)
+	adopted := make(map[int]bool)
 	for _, b := range devices.Bridges {
-		fresh[b.Name] = !guarded[b.Ifindex]
+		fresh[b.Name] = served[b.Name] && !d.adopted[b.Ifindex]
+		adopted[b.Ifindex] = d.adopted[b.Ifindex] || served[b.Name]
 	}
+	d.adopted = adopted
 	out := make(map[int]bool)
 	for _, l := range devices.Links {
-		if fresh[l.Bridge] && !d.attached[l.Ifindex] {
+		if fresh[l.Bridge] {
 			out[l.Ifindex] = true
 		}
+	}
+	return out
+}
+
+// without is a set less another.
+func without(set, less map[int]bool) map[int]bool {
+	out := make(map[int]bool, len(set))
+	for k, v := range set {
+		out[k] = v && !less[k]
 	}
 	return out
 }

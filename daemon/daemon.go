@@ -97,6 +97,7 @@ type Daemon struct {
 	slots    policy.Slots
 	tables   policy.Tables
 	attached map[int]bool
+	adopted  map[int]bool // bridges whose flows netfilter has no more, by index
 	seen     policy.Devices
 	strict   *strict // nil: off
 	changes  []netdev.Change
@@ -125,7 +126,7 @@ func Run(ctx context.Context, cfg Config) error {
 func open(cfg Config) (_ *Daemon, err error) {
 	d := &Daemon{
 		cfg: cfg, log: cfg.Logger, started: time.Now(), kick: make(chan struct{}, 1), urgent: make(chan struct{}, 1),
-		bridges: make(map[string]policy.Source), guarded: make(map[int]bool), attached: make(map[int]bool), announced: make(map[string]announced),
+		bridges: make(map[string]policy.Source), guarded: make(map[int]bool), attached: make(map[int]bool), adopted: make(map[int]bool), announced: make(map[string]announced),
 		news: make(chan struct{}), over: make(chan struct{}),
 	}
 	if d.log == nil {
@@ -265,8 +266,11 @@ func (d *Daemon) run(ctx context.Context) error {
 		return err
 	}
 	for _, a := range pinned {
-		if a.Program == loader.FromContainer {
+		switch a.Program {
+		case loader.FromContainer:
 			d.attached[a.Ifindex] = true
+		case loader.FromBridge:
+			d.adopted[a.Ifindex] = true
 		}
 	}
 	// Bridges and links first: what they carry is in the first round's tables.
@@ -555,12 +559,13 @@ func (d *Daemon) reconcile() (err error) {
 	}
 
 	// First the maps, as far as the guards stand; then the guards; then what they make possible.
+	fresh := d.newcomers(devices, known.Networks)
+	in.Attached = without(d.attached, fresh)
 	errs = append(errs, d.apply(in, settings))
-	fresh := d.newcomers(devices, pinned)
 	changed, err := d.attach(devices, served, pinned, reported)
 	ofDevices = append(ofDevices, err)
-	if changed {
-		in.Attached = d.attached
+	in.Attached = d.attached
+	if changed || len(fresh) > 0 {
 		var adopted bpfmaps.Adopted
 		if len(fresh) > 0 {
 			// A flow that is lost is no reason to serve nobody.

@@ -5,6 +5,7 @@ package scenarios
 import (
 	"fmt"
 	"net/netip"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -202,6 +203,8 @@ func TestSwitchOverAndBack(t *testing.T) {
 	assert.NotContains(t, w.rules(t), "MASQUERADE")
 	assert.Contains(t, w.b.MustCLI(t, "takeover"), "nothing is left of an Engine that made rules")
 	step("the old rules gone")
+	w.b.Restart(t)
+	step("a daemon that did not see the flows begin")
 
 	// And back: the Engine makes its rules again; the programs stand until they do.
 	_, err := w.b.CLI("cleanup")
@@ -275,9 +278,10 @@ func TestSwitchRefusals(t *testing.T) {
 	l.Client.MustGet(t, at(lab.Host4, 8080))
 
 	// A network whose containers no program guards: it would be open.
-	l.Host.MustRun(t, "ip", "link", "add", "br-0123456789ab", "type", "bridge")
-	l.Host.MustRun(t, "ip", "link", "add", "stray0", "master", "br-0123456789ab", "type", "veth", "peer", "stray1")
-	refused("not served, and without these rules open: br-0123456789ab", "takeover", "--drop-docker-user")
+	l.Host.MustRun(t, "ip", "link", "add", "odd0", "type", "bridge")
+	l.Host.MustRun(t, "ip", "link", "add", "stray0", "master", "odd0", "type", "veth", "peer", "stray1")
+	l.Host.MustRun(t, "iptables", "-A", "DOCKER", "!", "-i", "odd0", "-o", "odd0", "-j", "DROP")
+	refused("not served, and without these rules open: odd0", "takeover", "--drop-docker-user")
 	l.Host.MustRun(t, "ip", "link", "del", "stray0")
 
 	out := w.b.MustCLI(t, "takeover", "--drop-docker-user")
@@ -289,6 +293,18 @@ func TestSwitchRefusals(t *testing.T) {
 		"policy DROP of FORWARD (iptables), which others set too: packets of containers do not pass there, and the host is no router",
 		"policy DROP of FORWARD (ip6tables), which others set too: packets of containers do not pass there, and the host is no router"
 	]}`, w.b.MustCLI(t, "takeover", "-o", "json"))
+
+	// Those of the old iptables, and of an Engine with the nftables backend.
+	for _, words := range []string{"-N DOCKER", "-A DOCKER ! -i blue0 -o blue0 -j DROP", "-A FORWARD -o blue0 -j DOCKER", "-A FORWARD -i vm0 -j ACCEPT"} {
+		l.Host.MustRun(t, "iptables-legacy", strings.Fields(words)...)
+	}
+	l.Host.MustRun(t, "nft", "add", "table", "ip6", "docker-bridges")
+	l.Host.MustRun(t, "nft", "add", "chain", "ip6", "docker-bridges", "filter-FORWARD", "{ type filter hook forward priority filter; }")
+	out = w.b.MustCLI(t, "takeover")
+	assert.Contains(t, out, "iptables-legacy: removed 2 rules and 1 chains of the Engine's")
+	assert.Contains(t, out, "nft delete table ip6 docker-bridges")
+	assert.Equal(t, "-A FORWARD -i vm0 -j ACCEPT", strings.TrimSpace(regexp.MustCompile(`(?m)^-A.*`).FindString(l.Host.MustRun(t, "iptables-legacy-save"))))
+	assert.NotContains(t, l.Host.MustRun(t, "nft", "list", "tables"), "docker-bridges")
 
 	// An Engine that makes rules for one family guards nothing of the other.
 	half := rulesOn
