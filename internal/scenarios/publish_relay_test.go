@@ -201,3 +201,55 @@ func TestRelayOutlivesDaemon(t *testing.T) {
 	// A cgroup with a process in it cannot be removed.
 	assert.NoDirExists(t, filepath.Join(w.Cgroup, "bpfnet-relay"))
 }
+
+// Needs root. A sandbox with IPv4 only is published on all addresses too. Its IPv6 port is held while no
+// daemon runs, and free when it is unpublished.
+func TestOwnRelay(t *testing.T) {
+	w := newOwnSite(t)
+	w.b.MustCLI(t, "network", "create", "--subnet", "172.29.0.0/24", "plain")
+	gateway := netip.MustParseAddr("172.29.0.1")
+	w.sandbox(t, "web", "plain", "-p", "8080:80", "-p", "8080:80/udp", "-p", "[::1]:8081:80")
+	both := []string{"tcp", "udp"}
+	assert.Contains(t, w.b.MustCLI(t, "port", "web"), "80/tcp -> [::]:8080")
+	relayed(t, w.Client, lab.Host6, 8080, gateway, "web", both...)
+	relayed(t, w.Host, loopback6, 8080, gateway, "web", both...)
+	relayed(t, w.Host, loopback6, 8081, gateway, "web", "tcp")
+	pid := w.relayPID(t)
+	stream := w.Client.Stream(t, "--interval", "5ms", "--duration", "5m", at(lab.Host6, 8080))
+
+	w.b.Kill()
+	for _, proto := range both {
+		assert.ErrorContains(t, w.bindable(t, proto, "6", "8080"), "address already in use", proto)
+	}
+	relayed(t, w.Client, lab.Host6, 8080, gateway, "web", both...)
+	w.b.Start(t)
+	assert.NotContains(t, w.b.Log(), "hold a published port again")
+	relayed(t, w.Client, lab.Host6, 8080, gateway, "web", both...)
+	assert.Equal(t, pid, w.relayPID(t))
+	sum := stream.Finish(t)
+	assert.Zero(t, sum.Lost+sum.Corrupt+sum.Resets, "%+v", sum)
+
+	// Published and taken back while it runs, from the command's return on.
+	w.b.MustCLI(t, "publish", "web", "8090:80")
+	relayed(t, w.Client, lab.Host6, 8090, gateway, "web", "tcp")
+	w.b.MustCLI(t, "unpublish", "web", "8090:80")
+	assert.NoError(t, w.bindable(t, "tcp", "6", "8090"))
+	w.Host.Serve(t, "--tcp", "8091", "--family", "6")
+	_, err := w.b.CLI("publish", "web", "8091:80")
+	assert.ErrorContains(t, err, "labtool", "a program of the host has it")
+
+	// In a network with IPv6 it needs no relay, and without it does again.
+	w.b.MustCLI(t, "network", "connect", "blue", "web")
+	r := w.Client.MustGet(t, at(lab.Host6, 8080))
+	assert.Equal(t, lab.Client6, clientSeen(t, r))
+	w.b.MustCLI(t, "network", "disconnect", "blue", "web")
+	relayed(t, w.Client, lab.Host6, 8080, gateway, "web", both...)
+
+	w.b.MustCLI(t, "rm", "-f", "web")
+	for _, proto := range both {
+		assert.NoError(t, w.bindable(t, proto, "6", "8080"))
+	}
+	st, err := relay.Ask(w.b.State)
+	require.NoError(t, err)
+	assert.Nil(t, st, "there is nothing to relay")
+}
