@@ -83,6 +83,9 @@ type Daemon struct {
 	strangers map[int]bridgeSeen
 	resync    bool
 	renew     bool
+	// When the relay made room for the engine, and in which round.
+	yielded   time.Time
+	yieldedIn uint64
 	begun     uint64        // rounds, by number
 	ended     uint64        // the last round that has ended
 	failed    error         // its
@@ -396,6 +399,9 @@ func (d *Daemon) watch(ctx context.Context, events <-chan netdev.Event) error {
 				d.guardStranger(ev.Ifindex, ev.Name, false, 0, "")
 			}
 		case netdev.PortChanged:
+			if source == policy.SourceDocker && !ev.Gone {
+				d.relayYields(ev.MasterName)
+			}
 			if !served && !ev.Gone {
 				d.guardStranger(ev.Ifindex, ev.Name, true, ev.Master, ev.MasterName)
 			}
@@ -577,6 +583,7 @@ func (d *Daemon) reconcile() (err error) {
 	} else if renew {
 		errs = append(errs, d.writer.Renew())
 	}
+	d.relayResumes(round, devices)
 	// What the relay holds is published; what it cannot get may be another program's.
 	relayed, err := d.relayPorts(resync)
 	ofDevices = append(ofDevices, err)

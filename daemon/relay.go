@@ -4,6 +4,8 @@ package daemon
 
 import (
 	"maps"
+	"strings"
+	"time"
 
 	"github.com/bpfnet/bpfnet/policy"
 )
@@ -14,6 +16,58 @@ func (d *Daemon) relayLost() {
 	d.resync = true
 	d.mu.Unlock()
 	d.wake()
+}
+
+// yieldFor is how long a new interface may stay unknown until its container is taken for one that does
+// not matter to the relay.
+const yieldFor = 2 * time.Second
+
+// relayYields has the relay make room when something joins a network with IPv6: it may be a container
+// with IPv4 only that is being connected, and then the Engine is about to bind the ports that the relay has
+// for it. It has some ten milliseconds until then.
+func (d *Daemon) relayYields(bridge string) {
+	d.mu.Lock()
+	dual := false
+	for _, n := range d.engine.Networks {
+		for _, s := range n.Subnets {
+			dual = dual || n.Bridge == bridge && !n.Internal && s.Addr().Is6()
+		}
+	}
+	d.mu.Unlock()
+	if !dual {
+		return
+	}
+	if err := d.relay.Yield(); err != nil {
+		d.log.Warn("have the relay make room for the Engine", "err", err)
+	}
+	d.mu.Lock()
+	d.yieldedIn, d.yielded = d.begun, time.Now()
+	d.mu.Unlock()
+	time.AfterFunc(yieldFor, d.wake)
+}
+
+// relayResumes has the relay take its ports again once it is known who has joined: whoever that is, the
+// tables say by now whether the relay is still to have his.
+func (d *Daemon) relayResumes(round uint64, devices policy.Devices) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.yielded.IsZero() || round <= d.yieldedIn {
+		return
+	}
+	if time.Since(d.yielded) < yieldFor {
+		for _, l := range devices.Links {
+			if _, known := d.tables.Links[l.Ifindex]; !known {
+				return
+			}
+		}
+		for _, e := range d.engine.Endpoints {
+			if strings.HasPrefix(e.SandboxID, "ep-") { // it is not said yet whose it is
+				return
+			}
+		}
+	}
+	d.yielded = time.Time{}
+	d.relay.Resume()
 }
 
 // relayPorts has the relay serve what the tables say, and reports whether it holds other ports than
@@ -27,6 +81,12 @@ func (d *Daemon) relayPorts(again bool) (changed bool, err error) {
 	unheld := make(map[policy.PortKey]string, len(failed))
 	for key, why := range failed {
 		unheld[key] = why.Error()
+	}
+	for key := range d.relayed {
+		if !held[key] {
+			d.own.HoldUnrelayed()
+			break
+		}
 	}
 	changed = !maps.Equal(held, d.relayed) || !maps.Equal(unheld, d.unheld)
 	d.relayed, d.unheld = held, unheld

@@ -315,6 +315,21 @@ func (m *Manager) Held(key policy.PortKey) (fd int, ok bool) {
 	return -1, false
 }
 
+// HoldUnrelayed holds the ports that the relay held for an earlier daemon and has given up since.
+func (m *Manager) HoldUnrelayed() {
+	m.mu.Lock()
+	var list []*port
+	for p := range m.claims {
+		if p.hold == nil {
+			list = append(list, p)
+		}
+	}
+	m.mu.Unlock()
+	for _, p := range list {
+		m.holdAgain(p)
+	}
+}
+
 // dropPorts lets host ports go.
 func (m *Manager) dropPorts(list []*port) {
 	m.mu.Lock()

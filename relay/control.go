@@ -32,6 +32,7 @@ const (
 	opAdd    = "add"    // ports, with their sockets
 	opLead   = "lead"   // ports that lead elsewhere
 	opRemove = "remove" // ports that end
+	opYield  = "yield"  // ports whose sockets are given up for a while
 	opTake   = "take"   // the sockets of ports, to serve them in another process
 	opRetire = "retire" // end when the last client has gone
 	opStop   = "stop"   // end now
@@ -186,6 +187,10 @@ func (s *controller) do(q request, fds []int) (a answer, give []int) {
 		for _, p := range q.Ports {
 			s.r.Remove(p.Key)
 		}
+	case q.Op == opYield:
+		for _, p := range q.Ports {
+			s.r.Yield(p.Key)
+		}
 	case q.Op == opTake:
 		var keys []Key
 		for _, p := range q.Ports[:min(len(q.Ports), maxFiles)] {
@@ -196,6 +201,7 @@ func (s *controller) do(q request, fds []int) (a answer, give []int) {
 		s.retired = true
 		s.r.stop()
 	case q.Op == opStop:
+		s.r.removeAll() // who hears the answer may bind the ports
 	default:
 		errs = append(errs, fmt.Errorf("request %q: unknown", q.Op))
 	}

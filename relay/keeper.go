@@ -49,6 +49,7 @@ type Keeper struct {
 	conn   *net.UnixConn // nil: no relay is known
 	watch  *net.UnixConn // tells by its end that the relay has ended
 	served map[Key]netip.AddrPort
+	yields map[Key]bool  // given up for a while
 	failed map[Key]error // could not be bound; tried again when asked to
 	work   sync.WaitGroup
 }
@@ -58,7 +59,7 @@ func NewKeeper(o KeeperOptions) *Keeper {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	k := &Keeper{o: o, failed: make(map[Key]error)}
+	k := &Keeper{o: o, failed: make(map[Key]error), yields: make(map[Key]bool)}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if err := k.find(); err != nil {
@@ -106,7 +107,45 @@ func (k *Keeper) list() map[Key]bool {
 	for key := range k.served {
 		out[key] = true
 	}
+	for key := range k.yields {
+		out[key] = true // still ours, as far as others are concerned
+	}
 	return out
+}
+
+// Yield gives up, until Resume, the sockets that only the relay holds: somebody else may be about to bind
+// one of them, and who has a right to it is known a moment later. TCP connections go on.
+func (k *Keeper) Yield() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var list []Port
+	for key := range k.served {
+		if k.o.Held != nil {
+			if fd, ok := k.o.Held(key); ok {
+				unix.Close(fd)
+				continue
+			}
+		}
+		list = append(list, Port{Key: key})
+	}
+	if len(list) == 0 {
+		return nil
+	}
+	if _, err := k.ask(request{Op: opYield, Ports: list}, nil); err != nil {
+		return err
+	}
+	for _, p := range list {
+		k.yields[p.Key] = true
+		delete(k.served, p.Key)
+	}
+	return nil
+}
+
+// Resume has the next Apply bind again what was yielded.
+func (k *Keeper) Resume() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	clear(k.yields)
 }
 
 func (k *Keeper) apply(want map[Key]netip.AddrPort, again bool) error {
@@ -121,9 +160,15 @@ func (k *Keeper) apply(want map[Key]netip.AddrPort, again bool) error {
 			remove = append(remove, Port{Key: key})
 		}
 	}
+	for key := range k.yields {
+		if _, ok := want[key]; !ok {
+			remove = append(remove, Port{Key: key})
+		}
+	}
 	for key, target := range want {
 		have, ok := k.served[key]
 		switch {
+		case k.yields[key]:
 		case ok && have != target:
 			lead = append(lead, Port{key, target})
 		case !ok && k.failed[key] == nil:
@@ -139,6 +184,7 @@ func (k *Keeper) apply(want map[Key]netip.AddrPort, again bool) error {
 		}
 		for _, p := range remove {
 			delete(k.served, p.Key)
+			delete(k.yields, p.Key)
 		}
 	}
 	if len(lead) > 0 {
@@ -311,6 +357,7 @@ func (k *Keeper) forget() {
 		k.conn.Close()
 	}
 	k.conn, k.served = nil, nil
+	clear(k.yields)
 }
 
 func (k *Keeper) unwatch() {

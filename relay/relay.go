@@ -99,7 +99,7 @@ type Relay struct {
 type served struct {
 	r   *Relay
 	key Key
-	fd  int // the socket as it was given, for whoever takes it over
+	fd  int // the socket as it was given, for whoever takes it over; -1: yielded
 
 	stop  func() // takes no more clients; those there are go on
 	close func() // optional: what clients need until they end
@@ -124,12 +124,18 @@ func New(l Limits) *Relay {
 func (r *Relay) Add(p Port, fd int) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if have := r.ports[p.Key]; have != nil {
-		have.lead(p.Target)
+	s := r.ports[p.Key]
+	switch {
+	case s == nil:
+		s = &served{r: r, key: p.Key, cut: make(map[*func()]struct{})}
+		s.target.Store(&p.Target)
+	case s.fd < 0:
+		s.lead(p.Target)
+	default:
+		s.lead(p.Target)
 		return unix.Close(fd)
 	}
-	s := &served{r: r, key: p.Key, fd: fd, cut: make(map[*func()]struct{})}
-	s.target.Store(&p.Target)
+	s.fd = fd
 	var err error
 	switch p.Proto {
 	case policy.TCP:
@@ -141,6 +147,7 @@ func (r *Relay) Add(p Port, fd int) error {
 	}
 	if err != nil {
 		unix.Close(fd)
+		s.fd = -1
 		return fmt.Errorf("relay host port %s: %w", name(p.Key), err)
 	}
 	r.ports[p.Key] = s
@@ -167,10 +174,35 @@ func (r *Relay) Remove(k Key) {
 	delete(r.ports, k)
 	s.stop()
 	s.end(true)
+	s.letGo()
+}
+
+// Yield gives the port's socket up for a while: somebody else may be about to bind it. TCP connections go
+// on; UDP clients come back with Add.
+func (r *Relay) Yield(k Key) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s := r.ports[k]
+	if s == nil || s.fd < 0 {
+		return
+	}
+	s.stop()
+	if k.Proto == policy.UDP {
+		s.end(false)
+	}
+	s.letGo()
+}
+
+// letGo closes the socket of a stopped port.
+func (s *served) letGo() {
+	if s.fd < 0 {
+		return
+	}
 	if s.close != nil {
 		s.close()
 	}
 	unix.Close(s.fd)
+	s.fd = -1
 }
 
 // Ports lists what is served, in no order.
@@ -179,7 +211,9 @@ func (r *Relay) Ports() []Port {
 	defer r.mu.Unlock()
 	list := make([]Port, 0, len(r.ports))
 	for k, s := range r.ports {
-		list = append(list, Port{Key: k, Target: *s.target.Load()})
+		if s.fd >= 0 {
+			list = append(list, Port{Key: k, Target: *s.target.Load()})
+		}
 	}
 	return list
 }
@@ -206,10 +240,14 @@ func (r *Relay) Active() int {
 
 // Close ends all ports and waits for their clients' ends.
 func (r *Relay) Close() {
-	for _, p := range r.Ports() {
-		r.Remove(p.Key)
-	}
+	r.removeAll()
 	r.work.Wait()
+}
+
+func (r *Relay) removeAll() {
+	for k := range r.Counters() {
+		r.Remove(k)
+	}
 }
 
 // sockets are the sockets of some ports, for another process. They stay the relay's.
@@ -217,7 +255,7 @@ func (r *Relay) sockets(keys []Key) (ports []Port, fds []int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, k := range keys {
-		if s := r.ports[k]; s != nil {
+		if s := r.ports[k]; s != nil && s.fd >= 0 {
 			ports = append(ports, Port{k, *s.target.Load()})
 			fds = append(fds, s.fd)
 		}

@@ -242,6 +242,7 @@ func TestOwnRelay(t *testing.T) {
 	w.b.MustCLI(t, "network", "connect", "blue", "web")
 	r := w.Client.MustGet(t, at(lab.Host6, 8080))
 	assert.Equal(t, lab.Client6, clientSeen(t, r))
+	assert.ErrorContains(t, w.bindable(t, "tcp", "6", "8080"), "address already in use")
 	w.b.MustCLI(t, "network", "disconnect", "blue", "web")
 	relayed(t, w.Client, lab.Host6, 8080, gateway, "web", both...)
 
@@ -252,4 +253,62 @@ func TestOwnRelay(t *testing.T) {
 	st, err := relay.Ask(w.b.State)
 	require.NoError(t, err)
 	assert.Nil(t, st, "there is nothing to relay")
+}
+
+// Needs root and a Docker Engine. Published ports move with the endpoint that is the container's way out, as
+// networks come and go: to one with more families, between the Engine's own socket and the relay's.
+func TestPublishedFollowsGateway(t *testing.T) {
+	w, gateway := plainSite(t, noProxy)
+	w.d.MustRun(t, "network", "create", "--internal", "--ipv6", "--subnet", "fd00:17::/64", "a-inner")
+	w.serve(t, "web", "plain", "-p", "8080:80", "-p", "8080:80/udp")
+	both := []string{"tcp", "udp"}
+	reaches := func(network string) {
+		t.Helper()
+		v4, _ := w.d.Addrs(t, "web", network)
+		for _, proto := range both {
+			lab.Eventually(t, 10*time.Second, proto+" reaches the container on "+network, func() bool {
+				r, err := w.Client.Get("--network", proto, "--timeout", noAnswer.String(), at(lab.Host4, 8080))
+				return err == nil && r.View.Local == at(v4, 80) && clientSeen(t, r) == lab.Client4
+			})
+		}
+	}
+	reaches("plain")
+	relayed(t, w.Client, lab.Host6, 8080, gateway, "web", both...)
+	late := 0
+	for range count(50) {
+		// More families first: the way out, and the ports, go to blue. The Engine binds [::]:8080 then, for
+		// which the relay makes room; on a machine without a free processor it can be late.
+		lab.Eventually(t, 10*time.Second, "blue is connected", func() bool {
+			_, err := w.d.Run("network", "connect", "blue", "web")
+			if err != nil {
+				require.ErrorContains(t, err, "address already in use")
+				late++
+			}
+			return err == nil
+		})
+		reaches("blue")
+		for _, proto := range both {
+			r := w.Client.MustGet(t, "--network", proto, at(lab.Host6, 8080))
+			assert.Equal(t, lab.Client6, clientSeen(t, r), "no relay in between")
+		}
+		// An internal network is never the way out, whatever its name.
+		w.d.MustRun(t, "network", "connect", "a-inner", "web")
+		reaches("blue")
+		w.d.MustRun(t, "network", "disconnect", "a-inner", "web")
+		// Back to IPv4 alone.
+		w.d.MustRun(t, "network", "disconnect", "blue", "web")
+		reaches("plain")
+		lab.Eventually(t, 10*time.Second, "the relay serves again", func() bool {
+			r, err := w.Client.Get("--timeout", noAnswer.String(), at(lab.Host6, 8080))
+			return err == nil && clientSeen(t, r) == gateway
+		})
+		relayed(t, w.Client, lab.Host6, 8080, gateway, "web", both...)
+	}
+	t.Logf("of %d times, the relay was late %d times", count(50), late)
+	assert.LessOrEqual(t, late, count(50)/2)
+	// Only in the internal one, it publishes nothing.
+	w.d.MustRun(t, "network", "connect", "a-inner", "web")
+	w.d.MustRun(t, "network", "disconnect", "plain", "web")
+	lab.Eventually(t, 10*time.Second, "nothing is published", func() bool { return len(w.b.Snapshot(t).Ports) == 0 })
+	answers(t, w.Client, "", at(lab.Host4, 8080), at(lab.Host6, 8080))
 }
