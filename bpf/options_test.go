@@ -428,7 +428,12 @@ func TestMasqueradeSource(t *testing.T) {
 				h.expect("on, after another policy", actRedirect, toUplink, func() result {
 					return h.from(alice, packet.TCP(at(a, 40000), server, toGateway(alice), packet.Flags("A")))
 				})
-				require.Equal(t, port, h.outer(f, alice, 40000, f.client2, 443), "the flow is the same")
+				require.Equal(t, port, h.outer(f, alice, 40000, f.client2, 443))
+				var sent uint64
+				for _, seen := range h.flowSeen(f) {
+					sent = max(sent, seen[0])
+				}
+				require.EqualValues(t, 2, sent, "the flow goes on, it is not opened anew")
 				r = h.expect("echo", actRedirect, toUplink, func() result { return h.from(alice, packet.ICMPEcho(a, f.client2, 7, 1, toGateway(alice))) })
 				same(t, "echo", packet.ICMPEcho(source, f.client2, echoID(r.out), 1, toGateway(alice), packet.TTL(63)), r.out)
 				r = h.expect("SCTP keeps its port", actRedirect, toUplink, func() result {

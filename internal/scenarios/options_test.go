@@ -274,7 +274,7 @@ func TestOptionsDirect(t *testing.T) {
 		w.closed(t, w.NS(t, "local"), isolated, quiet...)
 	})
 	b.Stop(t)
-	b = l.StartBpfnet(t, d, "--bridge-accept-fwmark", "0x100/0xff00")
+	l.StartBpfnet(t, d, "--bridge-accept-fwmark", "0x100/0xff00")
 	t.Run("mark", func(t *testing.T) {
 		behind := drop{"direct_access", "to_container"}
 		// The host forwards what the daemon leaves to it: its own rules must let it pass.
