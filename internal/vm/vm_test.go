@@ -50,7 +50,7 @@ func selected() ([]tests, time.Duration) {
 	all := []tests{
 		// These few have shown differences between kernels. The instructions are counted in the object:
 		// any kernel will do, one with the sources best.
-		{"bpf.test", "TestFlowLife|TestSockReservation$", "TestInstructions"},
+		{"bpf.test", "TestFlowLife|TestSockReservation$|TestStrictLoads", "TestInstructions"},
 		// Which sockets share a port, and what a closed one leaves, changes from kernel to kernel.
 		// One test is for a machine of usual speed, and so on below.
 		{"reserve.test", ".", "TestHoldThousand"},
