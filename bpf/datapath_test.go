@@ -1227,6 +1227,62 @@ func TestFlowLife(t *testing.T) {
 			require.Equal(t, 2, purge(), "alice is on another interface")
 			h.setEndpoint(alice, func(e *bpf.DatapathEndpoint) { e.Ifindex = uint32(h.links[alice]) })
 		})
+		t.Run("renewed at an uplink", func(t *testing.T) {
+			h.t = t
+			h.reset()
+			client := at(f.client, 50000)
+			in := func(flags string) result {
+				return h.uplink(packet.TCP(client, at(f.host, pubAlice), fromOutside, packet.Flags(flags)))
+			}
+			in("S")
+			require.EqualValues(t, 2, h.entries(f))
+			h.bump()
+			r := h.expect("still published", actRedirect, published, func() result { return in("A") })
+			same(t, "still published", packet.TCP(client, at(a, 80), routedTo(alice), packet.TTL(63), packet.Flags("A")), r.out)
+			require.EqualValues(t, 2, h.entries(f), "the same flow")
+			h.bump()
+			h.expect("a reset ends it as before", actRedirect, published, func() result { return in("R") })
+
+			key := bpf.DatapathPortKey{Addr: mapAddr(f.unspecified), Port: swap16(pubAlice), Proto: unix.IPPROTO_TCP}
+			var was bpf.DatapathPort
+			require.NoError(t, h.coll.Maps["ports"].Lookup(key, &was))
+			moved := was
+			moved.Addr, moved.Endpoint, moved.Slot = mapAddr(f.addr(bob)), bob, was.Slot+1
+			h.put("ports", key, moved)
+			h.expect("of this generation", actRedirect, published, func() result { return in("A") })
+			h.bump()
+			h.drops("no reset for the successor", noFlow, "uplink", func() result { return in("R") })
+			require.Zero(t, h.entries(f), "the old flow has gone")
+			h.put("ports", key, was)
+			in("A")
+			h.put("ports", key, moved)
+			h.bump()
+			r = h.expect("the successor's", actRedirect, published, func() result { return in("A") })
+			same(t, "the successor's", packet.TCP(client, at(f.addr(bob), 80), routedTo(bob), packet.TTL(63), packet.Flags("A")), r.out)
+			require.EqualValues(t, 2, h.entries(f))
+			require.NoError(t, h.coll.Maps["ports"].Delete(key))
+			h.bump()
+			h.expect("nobody's", actPass, "", func() result { return in("A") })
+			require.Zero(t, h.entries(f))
+			h.put("ports", key, was)
+
+			in("S")
+			h.setEndpoint(alice, func(e *bpf.DatapathEndpoint) { e.Ifindex = 0 })
+			h.bump()
+			h.drops("its container has gone", portNotReady, "uplink", func() result { return in("A") })
+			require.Zero(t, h.entries(f))
+			h.setEndpoint(alice, func(e *bpf.DatapathEndpoint) { e.Ifindex = uint32(h.links[alice]) })
+
+			send(alice, a, "S")
+			answer := packet.TCP(server, at(f.host, h.outer(f, alice, 40000, server.Addr(), 443)), fromOutside, packet.Flags("SA"))
+			h.bump()
+			h.expect("answers go on", actRedirect, published, func() result { return h.uplink(answer) })
+			h.setEndpoint(alice, func(e *bpf.DatapathEndpoint) { e.Ifindex = 0 })
+			h.bump()
+			h.drops("an answer to nobody", staleFlow, "uplink", func() result { return h.uplink(answer) })
+			require.Zero(t, h.entries(f))
+			h.setEndpoint(alice, func(e *bpf.DatapathEndpoint) { e.Ifindex = uint32(h.links[alice]) })
+		})
 		t.Run("renewed", func(t *testing.T) {
 			h.t = t
 			h.reset()

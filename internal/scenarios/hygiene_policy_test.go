@@ -103,6 +103,25 @@ func TestHygienePolicy(t *testing.T) {
 		w.b.MustCLI(t, "network", "disallow", "blue", "red")
 	})
 
+	t.Run("one of two networks", func(t *testing.T) {
+		w.b.MustCLI(t, "publish", "blue1", "8088:80")
+		stay, gone := talks{}, talks{}
+		stay.add(t, "remote", w.Client, at(lab.Host4, 8088))
+		stay.add(t, "host", w.Host, "127.0.0.1:8088")
+		stay.add(t, "host by container address", w.Host, at(a6, 80))
+		for range 3 {
+			w.b.MustCLI(t, "network", "connect", "red", "blue1")
+			second4, _ := w.b.Addrs(t, "blue1", "red")
+			stay.add(t, "host unconnected", w.Host, "--network", "udp", "--unconnected", at(a4, 80))
+			gone["host"] = w.Host.Talk(t, at(second4, 80))
+			stay.flow(t)
+			w.b.MustCLI(t, "network", "disconnect", "red", "blue1")
+			gone.reset(t)
+			stay.flow(t)
+		}
+		w.b.MustCLI(t, "unpublish", "blue1", "8088:80")
+	})
+
 	t.Run("ports", func(t *testing.T) {
 		for i := range 2 { // the second time with the successor there before the next packet
 			w.b.MustCLI(t, "publish", "blue1", "8088:80", "5300:80/udp", "8090:80")
