@@ -472,7 +472,11 @@ func (d *Daemon) expireLoop(ctx context.Context) error {
 	for _, t := range d.timeouts {
 		every = min(every, max(t/2, time.Second))
 	}
-	// Once at the start, which arms the kernel's timer.
+	// Once at the start: what an earlier run took out of the maps and did not live to purge. Then what has
+	// timed out, which arms the kernel's timer.
+	if _, err := d.loader.Purge(); err != nil {
+		return err
+	}
 	if _, err := d.loader.Expire(); err != nil {
 		return err
 	}

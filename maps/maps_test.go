@@ -3,6 +3,7 @@
 package maps
 
 import (
+	"errors"
 	"net/netip"
 	"testing"
 
@@ -247,4 +248,60 @@ func TestGeneration(t *testing.T) {
 func TestOpenNothing(t *testing.T) {
 	_, err := Open(t.TempDir())
 	require.ErrorIs(t, err, ErrNotLoaded)
+}
+
+// Needs root. What is gone is buried when it is out of the maps and before anything new is in; while that
+// fails, nothing new is written, and nothing of it is forgotten.
+func TestBury(t *testing.T) {
+	m := newMaps(t)
+	w, err := NewWriter(m)
+	require.NoError(t, err)
+	var calls []Gone
+	var fail error
+	w.Bury = func(g Gone) error {
+		calls = append(calls, g)
+		var e bpf.DatapathEndpoint
+		require.NoError(t, m.m["endpoint_slots"].Lookup(uint32(1), &e))
+		require.Zero(t, e, "neither the old nor the new")
+		require.ErrorIs(t, m.m["links"].Lookup(uint32(21), new(uint32)), ebpf.ErrKeyNotExist)
+		return fail
+	}
+	_, err = w.Apply(tables(), settings())
+	require.NoError(t, err)
+	require.Empty(t, calls, "nothing has gone")
+
+	// A neighbour's other network changes the sandbox's number only.
+	next := tables()
+	next.Endpoints[1] = policy.EndpointRow{Ifindex: 20, Sandbox: 2, Network: 1, Addr4: netip.MustParseAddr("172.17.0.2")}
+	_, err = w.Apply(next, settings())
+	require.NoError(t, err)
+	require.Empty(t, calls)
+
+	// The address changes hands.
+	next.Endpoints[1] = policy.EndpointRow{Ifindex: 21, Sandbox: 3, Network: 1, Addr4: netip.MustParseAddr("172.17.0.2")}
+	next.Links = map[int]uint16{21: 1}
+	next.Ports = nil
+	want := Gone{
+		Any: true, Addrs: []netip.Addr{netip.MustParseAddr("172.17.0.2")},
+		Ports: []GonePort{{
+			PortKey: policy.PortKey{Proto: policy.TCP, Host: netip.MustParseAddrPort("0.0.0.0:8080")},
+			Target:  netip.MustParseAddrPort("172.17.0.2:80"),
+		}},
+	}
+	fail = errors.New("not now")
+	for range 2 {
+		_, err = w.Apply(next, settings())
+		require.ErrorIs(t, err, fail)
+	}
+	require.NoError(t, w.Resync())
+	fail = nil
+	_, err = w.Apply(next, settings())
+	require.NoError(t, err)
+	require.Equal(t, []Gone{want, want, want}, calls)
+	var e bpf.DatapathEndpoint
+	require.NoError(t, m.m["endpoint_slots"].Lookup(uint32(1), &e))
+	require.EqualValues(t, 21, e.Ifindex)
+	_, err = w.Apply(next, settings())
+	require.NoError(t, err)
+	require.Len(t, calls, 3)
 }
