@@ -13,8 +13,12 @@ import (
 // bury ends what went through endpoints and published ports that are gone: flows, and the host's own
 // connections, which no packet of anybody would end. The maps hold neither the old nor a successor.
 func (d *Daemon) bury(g bpfmaps.Gone) error {
-	if _, err := d.loader.Purge(); err != nil {
-		return err
+	// At the daemon's start expireLoop purges as soon as it can: no round waits seconds for the kernel to
+	// look at a program. Until then the data path drops what would follow such a flow.
+	if d.loader.CanSweep() {
+		if _, err := d.loader.Purge(); err != nil {
+			return err
+		}
 	}
 	n, err := d.endSockets(g)
 	if n > 0 {

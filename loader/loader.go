@@ -534,6 +534,17 @@ type Swept struct {
 // Expire deletes the flows that timed out and arms the kernel's own timer.
 func (l *Loader) Expire() (Swept, error) { return l.sweep("expire") }
 
+// CanSweep reports whether Expire and Purge would run at once: in the moments after Load the kernel still
+// looks at them.
+func (l *Loader) CanSweep() bool {
+	select {
+	case <-l.sweepers.loaded:
+		return true
+	default:
+		return false
+	}
+}
+
 // Purge deletes the flows of endpoints and ports that are gone.
 func (l *Loader) Purge() (Swept, error) { return l.sweep("purge") }
 
