@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/bpfnet/bpfnet/internal/lab"
 )
@@ -21,11 +22,9 @@ func TestNATTun(t *testing.T) {
 			l := lab.New(t, lab.Opts{})
 			// The device carries less than the bridge: segments must be cut to it.
 			remote := l.Tun(t, 1400)
-			w := &site{Lab: l, d: l.StartDocker(t, lab.DockerOpts{})}
-			w.networks(t)
-			w.b = l.StartBpfnet(t, w.d, "--attach", attach)
-			w.serve(t, "web", "blue", "-p", "8080:80", "-p", "8080:80/udp")
-			w.idle(t, "peer", "blue")
+			w := ownSite(t, l, "--attach", attach)
+			w.sandbox(t, "web", "blue", "-p", "8080:80", "-p", "8080:80/udp")
+			w.sandbox(t, "peer", "blue")
 			remote.Serve(t, "--tcp", "7000", "--udp", "7000")
 			testTun(t, w, remote)
 		})
@@ -34,7 +33,7 @@ func TestNATTun(t *testing.T) {
 
 func testTun(t *testing.T, w *site, remote *lab.NS) {
 	m := w.maps(t)
-	peer := w.d.NS(t, "peer")
+	peer := w.b.NS(t, "peer")
 	nft, before := w.NFTCounters(t), readCounters(t, m)
 	exchanges := uint64(0)
 	for _, network := range []string{"tcp", "udp"} {
@@ -90,7 +89,7 @@ func testTun(t *testing.T, w *site, remote *lab.NS) {
 			require.Error(t, err, c.name)
 			require.Equal(t, "ECONNREFUSED", r.Errno, "%s: %+v", c.name, r)
 		}
-		w.d.Serve(t, "--name", "shut", "--network", "blue", "-p", "8099:99/udp", "--", "--tcp", "80")
+		w.b.Serve(t, "--name", "shut", "--network", "blue", "-p", "8099:99/udp", "--", "--tcp", "80")
 		for _, a := range []netip.Addr{lab.Tun4, lab.Tun6} {
 			// Here it is the container that answers so.
 			r, err := remote.Get("--network", "udp", at(a, 8099))
@@ -98,8 +97,28 @@ func testTun(t *testing.T, w *site, remote *lab.NS) {
 			require.Equal(t, "ECONNREFUSED", r.Errno, "published %v: %+v", a, r)
 		}
 	})
+	t.Run("traceroute", func(t *testing.T) {
+		for _, n := range []*lab.NS{w.Host, remote, peer} {
+			n.Sysctl(t, "net.ipv4.icmp_ratemask", "0")
+			n.Sysctl(t, "net.ipv6.icmp.ratelimit", "0")
+		}
+		// What the stack says about translated packets passes to_uplink_l3.
+		for _, a := range []netip.Addr{lab.Tun4, lab.Tun6} {
+			require.Equal(t, icmpError{timeExceeded[a.Is6()], 0, a}, hop(t, remote, netip.AddrPortFrom(a, 8080), 1), "published")
+		}
+		for _, a := range []netip.Addr{lab.Remote4, lab.Remote6} {
+			v6 := a.Is6()
+			require.Equal(t, icmpError{unreachable[v6], portUnreach[v6], a}, hop(t, peer, netip.AddrPortFrom(a, 7999), 2), "egress")
+		}
+	})
+	t.Run("mtu", func(t *testing.T) {
+		echoUDP(t, remote, echoPort, unix.IP_PMTUDISC_DONT)
+		for _, a := range []netip.Addr{lab.Remote4, lab.Remote6} {
+			limited(t, peer, netip.AddrPortFrom(a, echoPort), 1400)
+		}
+	})
 	t.Run("closed", func(t *testing.T) {
-		web4, web6 := w.d.Addrs(t, "web", "blue")
+		web4, web6 := w.b.Addrs(t, "web", "blue")
 		before := readCounters(t, m)
 		for _, a := range []netip.Addr{web4, web6} {
 			r, err := remote.Get("--timeout", noAnswer.String(), at(a, 80))

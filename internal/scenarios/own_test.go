@@ -18,7 +18,12 @@ import (
 // newOwnSite is a lab without Docker: blue and red are networks of bpfnet's own.
 func newOwnSite(t *testing.T, daemon ...string) *site {
 	t.Helper()
-	l := lab.New(t, lab.Opts{})
+	return ownSite(t, lab.New(t, lab.Opts{}), daemon...)
+}
+
+// ownSite is the same in a lab that is there already.
+func ownSite(t *testing.T, l *lab.Lab, daemon ...string) *site {
+	t.Helper()
 	w := &site{Lab: l, b: l.StartBpfnet(t, nil, daemon...)}
 	for name, subnets := range map[string][2]string{"blue": {"172.30.0.0/16", blue6}, "red": {"172.31.0.0/16", red6}} {
 		w.b.MustCLI(t, "network", "create", "-o", "com.docker.network.bridge.name="+name+"0", "--subnet", subnets[0], "--subnet", subnets[1], name)
