@@ -447,3 +447,21 @@ func TestNATQuotedOptions(t *testing.T) {
 		same(t, "extensions", packet.ICMPError(router, a, f.timeExceeded, 0, extended(at(a, 40000)), routedTo(alice), packet.TTL(63), length), r.out)
 	})
 }
+
+// What the stack says about a packet to a published port of another container, which it saw
+// translated, names the address that its sender has dialled.
+func TestNATStackError(t *testing.T) {
+	h := newHost(t, 1024)
+	forFamilies(t, func(t *testing.T, f family) {
+		h.t = t
+		h.reset()
+		a, c, gateway := f.addr(alice), f.addr(carol), f.gateway(netTwo)
+		h.from(carol, packet.UDP(at(c, 40000), at(f.host, pubAlice), toGateway(carol)))
+		quoted := func(dst netip.AddrPort) []byte { return packet.UDP(at(c, 40000), dst, packet.TTL(1)) }
+		own := func(about []byte) []byte { return packet.ICMPError(gateway, c, f.timeExceeded, 0, about, routedTo(carol)) }
+		r := h.expect("the stack's own", actPass, "fate stack to_container", func() result { return h.to(carol, 0, own(quoted(at(a, 80)))) })
+		same(t, "the stack's own", own(quoted(at(f.host, pubAlice))), r.out)
+		r = h.expect("about no flow", actPass, "fate stack to_container", func() result { return h.to(carol, 0, own(quoted(at(a, 81)))) })
+		same(t, "about no flow", own(quoted(at(a, 81))), r.out)
+	})
+}

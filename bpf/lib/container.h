@@ -491,6 +491,36 @@ __noinline int marked6(struct __sk_buff *skb)
 	return marked_of(skb, true);
 }
 
+/*
+ * What the stack says about a packet that it saw translated, to the container that sent it: as the
+ * container knows it. 0, or the packet is spoiled.
+ */
+static __always_inline int stack_error_of(struct __sk_buff *skb, const bool v6)
+{
+	struct scratch *s = scratch_start(HOOK_TO_CONTAINER);
+	struct flow *f;
+
+	if (!s)
+		return 0;
+	s->packet.l3 = sizeof(struct ethhdr);
+	if (parse_ip(skb, &s->packet, v6) < 0 || parse_quoted(skb, s, v6))
+		return 0;
+	f = quoted_flow(s, HOOK_CONTAINER, v6);
+	if (!f || !(f->flags & FLOW_NAT) || flow_out(f) != HOOK_CONTAINER)
+		return 0;
+	return icmp_rewrite(skb, f, false, v6);
+}
+
+__noinline int stack_error4(struct __sk_buff *skb)
+{
+	return stack_error_of(skb, false);
+}
+
+__noinline int stack_error6(struct __sk_buff *skb)
+{
+	return stack_error_of(skb, true);
+}
+
 /* What reaches a container by the stack or the bridge: its host, its neighbours, nobody else. */
 static __always_inline int to_container_ip(struct __sk_buff *skb, struct packet *p, const bool v6)
 {
@@ -533,6 +563,8 @@ static __always_inline int to_container_ip(struct __sk_buff *skb, struct packet 
 			return drop(skb, HOOK_TO_CONTAINER, REASON_ICC_DISABLED);
 	} else if (mode_of(net, v6) == GATEWAY_ISOLATED) {
 		return drop(skb, HOOK_TO_CONTAINER, REASON_INTERNAL);
+	} else if (p->flags & PACKET_ICMP_ERROR && (v6 ? stack_error6(skb) : stack_error4(skb))) {
+		return drop(skb, HOOK_TO_CONTAINER, REASON_MALFORMED);
 	}
 	count_endpoint_rx(skb, slot);
 	return let_go(skb, HOOK_TO_CONTAINER, in ? FATE_BRIDGE : FATE_STACK, PASS);

@@ -53,6 +53,8 @@ func testTraceroute(t *testing.T, w *natSite) {
 		// Port 9001 of web is published, and closed.
 		{"published v4", w.far, netip.AddrPortFrom(lab.HostB4, 9001), []netip.Addr{router4, lab.HostB4, lab.HostB4}},
 		{"published v6", w.far, netip.AddrPortFrom(lab.HostB6, 9001), []netip.Addr{router6, lab.HostB6, lab.HostB6}},
+		{"neighbour's published v4", w.peer, netip.AddrPortFrom(lab.HostB4, 9001), []netip.Addr{gateway[false], lab.HostB4}},
+		{"neighbour's published v6", w.peer, netip.AddrPortFrom(lab.HostB6, 9001), []netip.Addr{gateway[true], lab.HostB6}},
 		{"neighbour v4", w.peer, netip.AddrPortFrom(w.web4, 9001), []netip.Addr{w.web4}},
 		{"neighbour v6", w.peer, netip.AddrPortFrom(w.web6, 9001), []netip.Addr{w.web6}},
 	} {
