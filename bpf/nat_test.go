@@ -458,7 +458,9 @@ func TestNATStackError(t *testing.T) {
 		a, c, gateway := f.addr(alice), f.addr(carol), f.gateway(netTwo)
 		h.from(carol, packet.UDP(at(c, 40000), at(f.host, pubAlice), toGateway(carol)))
 		quoted := func(dst netip.AddrPort) []byte { return packet.UDP(at(c, 40000), dst, packet.TTL(1)) }
-		own := func(about []byte) []byte { return packet.ICMPError(gateway, c, f.timeExceeded, 0, about, routedTo(carol)) }
+		own := func(about []byte) []byte {
+			return packet.ICMPError(gateway, c, f.timeExceeded, 0, about, routedTo(carol))
+		}
 		r := h.expect("the stack's own", actPass, "fate stack to_container", func() result { return h.to(carol, 0, own(quoted(at(a, 80)))) })
 		same(t, "the stack's own", own(quoted(at(f.host, pubAlice))), r.out)
 		r = h.expect("about no flow", actPass, "fate stack to_container", func() result { return h.to(carol, 0, own(quoted(at(a, 81)))) })
