@@ -156,7 +156,7 @@ func takeoverAllowed(f *doctor.Facts, list []doctor.Leftover) error {
 		return nil
 	}
 	if !f.Daemon.Running {
-		return fmt.Errorf("no daemon runs; what these rules close would be open where bpfnet does not serve; start %s daemon, and try again", f.Command)
+		return errors.New("no daemon runs; what these rules close would be open where bpfnet does not serve; start it, and try again")
 	}
 	if open := f.Unserved(bridges); len(open) > 0 {
 		return fmt.Errorf("not served, and without these rules open: %s; see %s status", strings.Join(open, ", "), f.Command)
