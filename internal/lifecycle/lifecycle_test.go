@@ -42,11 +42,13 @@ func settings(t *testing.T, l *lab.Lab) string {
 	return l.Host.MustRun(t, "sysctl", "-a", "-r", `ip_forward$|\.forwarding|accept_ra$|accept_redirects|bridge-nf-call|route_localnet|ip_local_reserved_ports`)
 }
 
+// pins lists what an instance has pinned. Programs that are kept for the next start are left out: some
+// are loaded behind the daemon's back, and come a moment later.
 func pins(t *testing.T, l *lab.Lab) []string {
 	t.Helper()
 	var found []string
 	require.NoError(t, filepath.WalkDir(l.BPFFS, func(path string, d os.DirEntry, err error) error {
-		if err == nil && !d.IsDir() {
+		if err == nil && !d.IsDir() && filepath.Base(filepath.Dir(path)) != "programs" {
 			found = append(found, path)
 		}
 		if errors.Is(err, os.ErrNotExist) {
@@ -85,7 +87,7 @@ func TestStatusAndCleanupOverALife(t *testing.T) {
 
 	b.MustCLI(t, "cleanup")
 	assert.Equal(t, before, settings(t, l))
-	assert.Empty(t, pins(t, l))
+	assert.NoDirExists(t, l.BPFFS)
 	entries, err := os.ReadDir(b.State)
 	require.NoError(t, err)
 	assert.Empty(t, entries)
