@@ -19,6 +19,13 @@ type Paths struct {
 	Cgroup string // cgroup2 directory where the sock programs attach
 }
 
+// What Config.Relay can be.
+const (
+	RelayOwn  = "own"  // of bpfnet's own networks
+	RelayAll  = "all"  // the Engine's too, where its userland proxy is off
+	RelayNone = "none" // nobody's
+)
+
 // Config is a daemon's configuration. Everything but Paths has a usable zero value.
 type Config struct {
 	Paths
@@ -55,8 +62,8 @@ type Config struct {
 	// one of the pools, and a generated IPv6 one.
 	DefaultSubnets []netip.Prefix
 
-	// NoRelay leaves IPv6 addresses unpublished for containers with IPv4 only, where the Engine does.
-	NoRelay bool
+	// Relay says whose containers with IPv4 only the relay publishes on IPv6 addresses. Optional: RelayOwn.
+	Relay string
 
 	Version string
 	Logger  *slog.Logger

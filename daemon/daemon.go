@@ -172,7 +172,7 @@ func open(cfg Config) (_ *Daemon, err error) {
 		return nil, err
 	}
 	var relayed func(policy.PortKey) bool
-	if !cfg.NoRelay {
+	if cfg.Relay != RelayNone {
 		relayed = func(key policy.PortKey) bool { return d.relay.Has(key) }
 	}
 	d.own, err = embedded.New(embedded.Options{
@@ -219,6 +219,7 @@ func (d *Daemon) remember() error {
 			return err
 		}
 		d.stored = d.engine
+		d.engine = d.withoutRelay(d.engine)
 		d.sitDown(d.stored.Endpoints)
 	}
 	saved, err := d.store.Sysctls()
@@ -364,7 +365,7 @@ func (d *Daemon) announce(ctx context.Context) error {
 // update takes a source's full state.
 func (d *Daemon) update(s policy.State) {
 	d.mu.Lock()
-	d.engine, d.reported = s, true
+	d.engine, d.reported = d.withoutRelay(s), true
 	d.mu.Unlock()
 	d.wake()
 }

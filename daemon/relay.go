@@ -4,6 +4,7 @@ package daemon
 
 import (
 	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -18,6 +19,15 @@ func (d *Daemon) relayLost() {
 	d.wake()
 }
 
+// withoutRelay leaves the Engine's containers with IPv4 only unpublished on IPv6 addresses, as the Engine
+// does, unless they are asked for: a socket of the relay's can be in its way.
+func (d *Daemon) withoutRelay(s policy.State) policy.State {
+	if d.cfg.Relay != RelayAll {
+		s.Ports = slices.DeleteFunc(slices.Clone(s.Ports), func(p policy.Port) bool { return p.Relay })
+	}
+	return s
+}
+
 // yieldFor is how long a new interface may stay unknown until its container is taken for one that does
 // not matter to the relay.
 const yieldFor = 2 * time.Second
@@ -26,6 +36,9 @@ const yieldFor = 2 * time.Second
 // with IPv4 only that is being connected, and then the Engine is about to bind the ports that the relay has
 // for it. It has some ten milliseconds until then.
 func (d *Daemon) relayYields(bridge string) {
+	if d.cfg.Relay != RelayAll {
+		return
+	}
 	d.mu.Lock()
 	dual := false
 	for _, n := range d.engine.Networks {
@@ -74,7 +87,7 @@ func (d *Daemon) relayResumes(round uint64, devices policy.Devices) {
 // before, or cannot get others.
 func (d *Daemon) relayPorts(again bool) (changed bool, err error) {
 	want := d.tables.Relays
-	if d.cfg.NoRelay {
+	if d.cfg.Relay == RelayNone {
 		want = nil
 	}
 	held, failed, err := d.relay.Apply(want, again)

@@ -209,6 +209,8 @@ func TestUsageErrors(t *testing.T) {
 		"daemon --flows many":               `bpfnet: daemon: invalid argument "many" for "--flows" flag: strconv.ParseInt: parsing "many": invalid syntax; see "bpfnet daemon --help"`,
 		"daemon --flows -1":                 `bpfnet: daemon: --flows -1: want a positive number; see "bpfnet daemon --help"`,
 		"daemon --attach xdp":               `bpfnet: daemon: --attach "xdp": want tcx or clsact; see "bpfnet daemon --help"`,
+		"daemon --relay some":               `bpfnet: daemon: --relay "some": want own, all or none; see "bpfnet daemon --help"`,
+		"daemon --relay=":                   `bpfnet: daemon: --relay "": want own, all or none; see "bpfnet daemon --help"`,
 		"daemon --docker tcp://1.2.3.4":     `bpfnet: daemon: --docker "tcp://1.2.3.4": want unix:///PATH or off; see "bpfnet daemon --help"`,
 		"daemon --docker unix://run/x.sock": `bpfnet: daemon: --docker "unix://run/x.sock": want unix:///PATH or off; see "bpfnet daemon --help"`,
 		"daemon --timeout udp":              `bpfnet: daemon: --timeout "udp": want NAME=DURATION; see "bpfnet daemon --help"`,
@@ -253,13 +255,14 @@ func TestDaemonConfig(t *testing.T) {
 	assert.Equal(t, "unix:///run/docker.sock", w.daemon.Docker)
 	assert.Equal(t, "1.2.3", w.daemon.Version)
 	assert.Empty(t, w.daemon.Uplinks)
+	assert.Equal(t, daemon.RelayOwn, w.daemon.Relay)
 	assert.NotNil(t, w.daemon.Banner)
 	w.daemon.Logger.Info("to stderr")
 	assert.Contains(t, w.errs.String(), "to stderr")
 
 	w.must("daemon", "--docker", "off", "--uplink", "eth0", "--uplink", "wg0", "--attach", "clsact", "--flows", "1000",
 		"--timeout", "udp=5m", "--timeout", "tcp-syn=10s", "--ip-forward-no-drop", "--default-bridge-no-masquerade",
-		"--default-bridge-no-icc", "--log-level", "error", "--cgroup", cgroup+"/")
+		"--default-bridge-no-icc", "--relay", "all", "--log-level", "error", "--cgroup", cgroup+"/")
 	got := *w.daemon
 	got.Logger.Info("not to stderr")
 	assert.Empty(t, w.errs.String())
@@ -267,7 +270,7 @@ func TestDaemonConfig(t *testing.T) {
 	assert.Equal(t, daemon.Config{
 		Paths: paths, Docker: "off", Uplinks: []string{"eth0", "wg0"}, Attach: "clsact", Flows: 1000,
 		Timeouts:        map[string]time.Duration{"udp": 5 * time.Minute, "tcp-syn": 10 * time.Second},
-		IPForwardNoDrop: true, DefaultBridgeNoMasquerade: true, DefaultBridgeNoICC: true, Version: "1.2.3",
+		IPForwardNoDrop: true, DefaultBridgeNoMasquerade: true, DefaultBridgeNoICC: true, Relay: daemon.RelayAll, Version: "1.2.3",
 	}, got)
 }
 

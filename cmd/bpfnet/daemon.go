@@ -95,7 +95,7 @@ Stopping the daemon leaves the network running; "bpfnet cleanup" removes it.`,
 	flags.StringArrayVar(&subnets, "default-subnet", nil, "`subnet` of bpfnet's own default network, at most one a family (default: one of the pools, and a generated IPv6 one)")
 	flags.BoolVar(&strict, "strict", false, "let the Engine's containers send and receive only by the addresses of READY endpoints, from their first instruction on")
 	flags.StringVar(&cfg.StrictCgroup, "strict-cgroup", "", "cgroup2 `directory` that the Engine's containers run below (default: docker, below --cgroup); implies --strict")
-	flags.BoolVar(&cfg.NoRelay, "no-relay", false, "do not publish containers that have IPv4 only on IPv6 addresses; else the relay process does")
+	flags.StringVar(&cfg.Relay, "relay", daemon.RelayOwn, "`whose` containers with IPv4 only the relay process publishes on IPv6 addresses: own (bpfnet's own), all (the Engine's too, where its userland proxy is off) or none")
 	flags.StringVar(&logLevel, "log-level", "info", "`level` of the log on standard error: debug, info, warn or error")
 	return cmd
 }
@@ -180,6 +180,9 @@ func checkDaemon(cfg daemon.Config) error {
 	}
 	if !slices.Contains([]string{"", "tcx", "clsact"}, cfg.Attach) {
 		return usagef("--attach %q: want tcx or clsact", cfg.Attach)
+	}
+	if !slices.Contains([]string{daemon.RelayOwn, daemon.RelayAll, daemon.RelayNone}, cfg.Relay) {
+		return usagef("--relay %q: want own, all or none", cfg.Relay)
 	}
 	if cfg.Flows < 0 {
 		return usagef("--flows %d: want a positive number", cfg.Flows)
