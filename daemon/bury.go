@@ -13,6 +13,12 @@ import (
 // bury ends what went through endpoints and published ports that are gone: flows, and the host's own
 // connections, which no packet of anybody would end. The maps hold neither the old nor a successor.
 func (d *Daemon) bury(g bpfmaps.Gone) error {
+	for _, a := range g.Addrs {
+		// Its engine still tells of it, so this is somebody's trouble.
+		if _, there := d.tables.Addrs[a]; there {
+			d.log.Info("an endpoint is not served any more as it was", "address", a, "waiting", d.tables.Waiting)
+		}
+	}
 	// At the daemon's start expireLoop purges as soon as it can: no round waits seconds for the kernel to
 	// look at a program. Until then the data path drops what would follow such a flow.
 	if d.loader.CanSweep() {

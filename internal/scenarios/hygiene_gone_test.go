@@ -107,6 +107,9 @@ func isReset(r lab.Reply) bool {
 // have other numbers than the host's (moby#53384).
 func TestHygieneGone(t *testing.T) {
 	w := newSite(t, lab.Opts{}, lab.DockerOpts{})
+	// Each of many sockets is to hear that nobody is there; the kernel tells a peer six times in a row.
+	w.Host.Sysctl(t, "net.ipv4.icmp_ratelimit", "0")
+	w.Host.Sysctl(t, "net.ipv6.icmp.ratelimit", "0")
 	w.idle(t, "near", "blue")
 	w.idle(t, "far", "red")
 	publish := []string{"-p", "5300:80/udp", "-p", "8088:80"}
