@@ -375,7 +375,7 @@ const (
 
 type DatapathReservation struct {
 	_       structs.HostLayout
-	Bound   uint64
+	Bound   [2]uint64
 	Sockets uint32
 	Lock    struct {
 		_   structs.HostLayout

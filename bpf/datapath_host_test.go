@@ -561,7 +561,7 @@ func (h *host) reserve(port uint16, proto uint8, bit bpf.DatapathPortBits) {
 	require.NoError(h.t, unix.ClockGettime(unix.CLOCK_MONOTONIC_COARSE, &now))
 	// The value has a spin lock; it is not written with the rest.
 	h.put("reservations", bpf.DatapathReservationKey{Port: swap16(port), Proto: proto},
-		bpf.DatapathReservation{Bound: uint64(now.Nano()), Sockets: 1})
+		bpf.DatapathReservation{Bound: [2]uint64{uint64(now.Nano()), uint64(now.Nano())}, Sockets: 1})
 	h.setClass(65536+int(port), byte(bit), 0)
 }
 

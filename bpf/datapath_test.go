@@ -417,6 +417,7 @@ func TestFromUplink(t *testing.T) {
 			h.uplinkCase("engine's reservation", packet.TCP(client, at(f.host, reserved), fromOutside), actShot, dropped(portNotReady, "uplink"), nil),
 			h.uplinkCase("engine's reservation UDP", packet.UDP(client, at(f.host, reserved), fromOutside), actShot, dropped(portNotReady, "uplink"), nil),
 			h.uplinkCase("engine's reservation, not a SYN", packet.TCP(client, at(f.host, reserved), fromOutside, packet.Flags("A")), actPass, "", nil),
+			h.uplinkCase("engine's reservation, other family", packet.TCP(client, at(f.host, reserved+2), fromOutside), actPass, "", nil),
 			h.uplinkCase("engine's reservation, old", packet.TCP(client, at(f.host, reserved+1), fromOutside), actPass, "", nil),
 			h.uplinkCase("host's own", packet.TCP(client, at(f.host, 22), fromOutside), actPass, "", nil),
 			h.uplinkCase("host's own, a masquerade port", packet.TCP(client, at(f.host, snatFirst), fromOutside), actPass, "", nil),
@@ -436,10 +437,18 @@ func TestFromUplink(t *testing.T) {
 		}
 		for i := range cases {
 			switch cases[i].name {
+			case "engine's reservation, other family":
+				cases[i].setup = func() {
+					var bound [2]uint64
+					bound[map[bool]int{true: 0, false: 1}[f.v6]] = uint64(h.now()) << 30
+					h.put("reservations", bpf.DatapathReservationKey{Port: swap16(reserved + 2), Proto: unix.IPPROTO_TCP},
+						bpf.DatapathReservation{Bound: bound, Sockets: 1})
+					h.setClass(65536+reserved+2, byte(bpf.DatapathPortBitsPORT_TCP), 0)
+				}
 			case "engine's reservation, old":
 				cases[i].setup = func() {
 					h.put("reservations", bpf.DatapathReservationKey{Port: swap16(reserved + 1), Proto: unix.IPPROTO_TCP},
-						bpf.DatapathReservation{Bound: uint64(h.now()-timeout-2) << 30, Sockets: 1})
+						bpf.DatapathReservation{Bound: [2]uint64{uint64(h.now()-timeout-2) << 30, uint64(h.now()-timeout-2) << 30}, Sockets: 1})
 					h.setClass(65536+reserved+1, byte(bpf.DatapathPortBitsPORT_TCP), 0)
 				}
 			case "no way back":

@@ -497,13 +497,17 @@ static __always_inline struct reservation *make_reservation(const struct reserva
 
 /*
  * Counts one socket in or out, and keeps the port's engine bit set while there are any. Protocols
- * share the byte, hence the atomic access, which has 32 bits; bit is where it is in word.
+ * share the byte, hence the atomic access, which has 32 bits; bit is where it is in word. An IPv6
+ * socket may take IPv4 too.
  */
-static __always_inline void hold(struct reservation *r, __u32 *word, __u32 bit, __u64 now)
+static __always_inline void hold(struct reservation *r, __u32 *word, __u32 bit, __u64 now,
+				 const bool v6)
 {
 	bpf_spin_lock(&r->lock);
 	r->sockets++;
-	r->bound = now;
+	r->bound[0] = now;
+	if (v6)
+		r->bound[1] = now;
 	__sync_fetch_and_or(word, bit);
 	bpf_spin_unlock(&r->lock);
 }
@@ -532,7 +536,7 @@ static __always_inline __u32 engine_bit(__u16 port, __u8 proto)
  * Records the engine's socket. One of MPTCP is never seen to go and leaves its bit behind, which
  * matters no longer than config.reservation_wait.
  */
-static __always_inline void reserve(struct bpf_sock *ctx)
+static __always_inline void reserve(struct bpf_sock *ctx, const bool v6)
 {
 	__u16 port = ctx->src_port;
 	struct reservation_key key = { .port = bpf_htons(port), .proto = ctx->protocol };
@@ -548,20 +552,20 @@ static __always_inline void reserve(struct bpf_sock *ctx)
 	if (!mark || !r || mark->reserved.port)
 		return;
 	mark->reserved = key;
-	hold(r, engine_word(class, port), engine_bit(port, key.proto), bpf_ktime_get_ns());
+	hold(r, engine_word(class, port), engine_bit(port, key.proto), bpf_ktime_get_ns(), v6);
 }
 
 SEC("cgroup/post_bind4")
 int sock_post_bind4(struct bpf_sock *ctx)
 {
-	reserve(ctx);
+	reserve(ctx, false);
 	return LEAVE;
 }
 
 SEC("cgroup/post_bind6")
 int sock_post_bind6(struct bpf_sock *ctx)
 {
-	reserve(ctx);
+	reserve(ctx, true);
 	return LEAVE;
 }
 

@@ -931,18 +931,19 @@ func (lab *sockLab) engineBits(t *testing.T, port int) uint8 {
 	return class[member(t, lab.spec.Maps["port_class"].Value, "engine")+port]
 }
 
-// reservation returns how many sockets hold a port and when the last was bound.
-func (lab *sockLab) reservation(t *testing.T, port int, proto uint8) (sockets uint32, bound uint64) {
+// reservation returns how many sockets hold a port, and when the last was bound that takes IPv4, IPv6.
+func (lab *sockLab) reservation(t *testing.T, port int, proto uint8) (sockets uint32, bound [2]uint64) {
 	t.Helper()
 	m := lab.spec.Maps["reservations"]
 	value := make([]byte, m.ValueSize)
 	key := record(t, m.Key, fields{"port": bigEndian(port), "proto": proto})
 	if err := lab.maps["reservations"].Lookup(key, &value); err != nil {
 		require.ErrorIs(t, err, ebpf.ErrKeyNotExist)
-		return 0, 0
+		return 0, bound
 	}
+	since := value[member(t, m.Value, "bound"):]
 	return binary.NativeEndian.Uint32(value[member(t, m.Value, "sockets"):]),
-		binary.NativeEndian.Uint64(value[member(t, m.Value, "bound"):])
+		[2]uint64{binary.NativeEndian.Uint64(since), binary.NativeEndian.Uint64(since[8:])}
 }
 
 func TestSockReservation(t *testing.T) {
@@ -953,12 +954,14 @@ func TestSockReservation(t *testing.T) {
 			engine.do(t, "tcp 0.0.0.0:9000")
 			sockets, first := lab.reservation(t, 9000, tcp)
 			assert.EqualValues(t, 1, sockets)
+			assert.Less(t, first[1], first[0], "it takes no IPv6")
 			assert.Equal(t, portBit(tcp), lab.engineBits(t, 9000))
 
 			engine.do(t, "tcp [::]:9000")
 			sockets, second := lab.reservation(t, 9000, tcp)
 			assert.EqualValues(t, 2, sockets)
-			assert.Greater(t, second, first)
+			assert.Greater(t, second[0], first[0], "it may take both")
+			assert.Equal(t, second[0], second[1])
 
 			engine.do(t, "udp 127.0.0.1:9000")
 			assert.Equal(t, portBit(tcp)|portBit(udp), lab.engineBits(t, 9000))

@@ -249,7 +249,7 @@ type StrictPortSlot struct {
 
 type StrictReservation struct {
 	_       structs.HostLayout
-	Bound   uint64
+	Bound   [2]uint64
 	Sockets uint32
 	Lock    struct {
 		_   structs.HostLayout

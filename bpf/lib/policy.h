@@ -211,21 +211,25 @@ static __always_inline bool port_serves(const struct port *port, const bool v6)
 }
 
 /*
- * Whether only the engine's reservation socket can be behind the port: it was bound moments ago and
- * the port is not published yet. The sender will try again.
+ * Whether only the engine's reservation socket can be behind the port: it was bound moments ago, for
+ * the packet's family, and the port is not published yet. The sender will try again.
  */
 static __always_inline bool port_reserved(const struct packet *p, const struct config *cfg,
 					  const struct port_class *class)
 {
 	struct reservation_key k = { .port = p->dport, .proto = p->proto };
 	struct reservation *r;
+	__u64 bound;
 
 	if (!(class->engine[port_index(p->dport)] & port_bit(p->proto)))
 		return false;
 	if (p->proto == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
 		return false;
 	r = bpf_map_lookup_elem(&reservations, &k);
-	return r && ticks() - (__u32)(r->bound >> 30) <= cfg->reservation_wait;
+	if (!r)
+		return false;
+	bound = r->bound[!addr_is_v4(&p->daddr)];
+	return bound && ticks() - (__u32)(bound >> 30) <= cfg->reservation_wait;
 }
 
 /* Whether the sandbox of ep has the address or is allowed it. */

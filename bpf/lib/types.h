@@ -213,7 +213,7 @@ struct reservation_key {
 };
 
 struct reservation {
-	__u64 bound; /* ns, CLOCK_MONOTONIC; of the last socket */
+	__u64 bound[2]; /* ns, CLOCK_MONOTONIC; of the last socket for IPv4, IPv6; 0: never */
 	__u32 sockets; /* that hold it now; 0: released, and the entry stays for the next */
 	struct bpf_spin_lock lock; /* makes sockets and the bit of port_class.engine one */
 };
