@@ -104,7 +104,12 @@ func (w *site) belongings(t *testing.T, m *maps.Maps) belongings {
 	s, err := api.ReadSnapshot(w.b.State)
 	require.NoError(t, err)
 	b := belongings{Endpoints: len(s.Endpoints), Ports: len(s.Ports), Attachments: len(s.Attachments), Maps: map[string]int{}}
-	err = filepath.WalkDir(w.BPFFS, func(string, fs.DirEntry, error) error { b.Pins++; return nil })
+	err = filepath.WalkDir(w.BPFFS, func(path string, _ fs.DirEntry, _ error) error {
+		if filepath.Base(filepath.Dir(path)) != "programs" { // pinned for the next start, whenever there is time
+			b.Pins++
+		}
+		return nil
+	})
 	require.NoError(t, err)
 	fill, err := m.Fill()
 	require.NoError(t, err)

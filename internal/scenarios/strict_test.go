@@ -102,6 +102,6 @@ func TestStrict(t *testing.T) {
 	w.b.Start(t)
 	require.Equal(t, 3, programsAt(t, containers))
 	w.b.Stop(t)
-	w.b.MustCLI(t, "cleanup")
+	w.b.MustCLI(t, "cleanup", "--leave-open")
 	require.Zero(t, programsAt(t, containers))
 }
