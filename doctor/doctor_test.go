@@ -411,7 +411,25 @@ func TestLeftoverRules(t *testing.T) {
 	require.Len(t, found, 1)
 	assert.Equal(t, "nft delete table ip docker-bridges", found[0].Fix)
 
+	// What others have made beside them, in forms like theirs.
+	f.Engines = nil
+	f.Rules.Chains = ParseIPTables("iptables", "ip", engine28)
+	mine := f.Leftovers(true)[0].Remove
+	foreign := strings.NewReplacer(
+		":mine - [0:0]\n", ":mine - [0:0]\n:DOCKER-BLOCK - [0:0]\n",
+		"-A FORWARD -j DOCKER-FORWARD\n", "-A FORWARD -j DOCKER-FORWARD\n-A FORWARD -i docker0 -o docker0 -p tcp -m tcp --dport 22 -j DROP\n"+
+			"-A FORWARD ! -i docker0 -o docker0 -j DROP\n-A FORWARD -j DOCKER-BLOCK\n-A DOCKER-BLOCK -s 203.0.113.7/32 -j DROP\n",
+		"-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE\n", "-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE\n"+
+			"-A POSTROUTING -s 10.0.3.0/24 ! -d 10.0.3.0/24 -j MASQUERADE\n-A POSTROUTING -s 10.0.3.0/24 -d 10.0.3.0/24 -j MASQUERADE\n"+
+			"-A POSTROUTING -s 10.0.3.5/32 -d 10.0.3.5/32 -p tcp -m tcp --dport 80 -j MASQUERADE\n"+
+			"-A POSTROUTING -s 10.8.0.0/24 -o docker0 -j MASQUERADE\n-A POSTROUTING -s 10.8.0.0/24 ! -o docker0 -j MASQUERADE\n",
+	).Replace(engine28)
+	require.Greater(t, len(foreign), len(engine28)+400, "both places were found")
+	f.Rules.Chains = ParseIPTables("iptables", "ip", foreign)
+	assert.Equal(t, mine, f.Leftovers(true)[0].Remove)
+
 	// Swarm's are made whatever the Engine's settings say, as long as it runs.
+	f.Engines = []Engine{{Args: []string{"dockerd", "--iptables=false"}}}
 	ingress := "*nat\n:PREROUTING ACCEPT [0:0]\n:DOCKER-INGRESS - [0:0]\n-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER-INGRESS\nCOMMIT\n"
 	f.Rules.Chains = ParseIPTables("iptables", "ip", ingress)
 	assert.Equal(t, OK, checkLeftovers(f)[0].State)

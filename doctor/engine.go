@@ -5,6 +5,7 @@ package doctor
 import (
 	"encoding/json"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -125,7 +126,16 @@ func (f *Facts) iptablesOn(family string) bool {
 	return false
 }
 
-func dockerChain(name string) bool { return name == "DOCKER" || strings.HasPrefix(name, "DOCKER-") }
+// dockerChain knows the Engine's chains, of all its versions, by their names. Anybody may call a chain
+// DOCKER-something.
+func dockerChain(name string) bool {
+	switch name {
+	case "DOCKER", "DOCKER-USER", "DOCKER-FORWARD", "DOCKER-CT", "DOCKER-BRIDGE", "DOCKER-INTERNAL", "DOCKER-INGRESS",
+		"DOCKER-ISOLATION", "DOCKER-ISOLATION-STAGE-1", "DOCKER-ISOLATION-STAGE-2":
+		return true
+	}
+	return false
+}
 
 // leftovers are the rules of an Engine that ran with iptables on, of one tool.
 type leftovers struct {
@@ -247,24 +257,28 @@ func ownRules(c *Chain) bool {
 	return c.Name == "DOCKER-USER" && slices.ContainsFunc(c.Rules, func(r Rule) bool { return r.Text != "-A DOCKER-USER -j RETURN" })
 }
 
-// dockerRule knows the rules that the Engine puts into the kernel's own chains, beside the jumps: all name
-// one of its bridges.
+// dockerRule knows the rules that the Engine puts into the kernel's own chains, beside the jumps: all are
+// about one of its bridges or subnets, and match by nothing else. One that says more is somebody else's.
 func (f *Facts) dockerRule(table, chain string, r Rule) bool {
-	var in, out, src, dst Match
-	state := false
+	match := make(map[string]Match)
+	others := 0 // that are not understood, such as ports
 	for _, m := range r.Matches {
-		switch m.Field {
-		case "iif":
-			in = m
-		case "oif":
-			out = m
-		case "saddr":
-			src = m
-		case "daddr":
-			dst = m
-		case "state":
-			state = slices.Contains(m.Values, "ESTABLISHED")
+		if _, twice := match[m.Field]; twice && m.Field != "" {
+			return false
 		}
+		if m.Field == "" {
+			others++
+			continue
+		}
+		match[m.Field] = m
+	}
+	only := func(fields ...string) bool {
+		for field := range match {
+			if !slices.Contains(fields, field) {
+				return false
+			}
+		}
+		return len(match) == len(fields)
 	}
 	theirs := func(m Match) bool {
 		if len(m.Values) != 1 {
@@ -273,6 +287,7 @@ func (f *Facts) dockerRule(table, chain string, r Rule) bool {
 		n := f.network(m.Values[0])
 		return dockerDevice(m.Values[0]) || n != nil && n.Source == string(policy.SourceDocker)
 	}
+	in, out, src, dst := match["iif"], match["oif"], match["saddr"], match["daddr"]
 	w := shellWords(r.Text)
 	target := ""
 	if i := slices.Index(w, "-j"); i >= 0 && i+1 < len(w) {
@@ -281,21 +296,61 @@ func (f *Facts) dockerRule(table, chain string, r Rule) bool {
 	switch table + " " + chain {
 	case "filter FORWARD":
 		switch {
-		case target == "ACCEPT" && state && theirs(out) && in.Field == "":
-			return true
-		case (target == "ACCEPT" || target == "DROP") && theirs(in) && theirs(out) && slices.Equal(in.Values, out.Values):
-			return true
+		case others > 0:
+		case only("oif", "state"):
+			return target == "ACCEPT" && slices.Contains(match["state"].Values, "ESTABLISHED") && theirs(out) && !out.Not
+		case only("iif", "oif"):
+			return (target == "ACCEPT" || target == "DROP") && theirs(in) && !in.Not && slices.Equal(in.Values, out.Values)
 		}
 	case "nat POSTROUTING":
-		if target != "MASQUERADE" && target != "SNAT" {
-			return false
+		switch {
+		case target != "MASQUERADE" && target != "SNAT":
+		case others == 0 && only("saddr", "oif"): // -s SUBNET ! -o BRIDGE
+			return theirs(out) && out.Not && !src.Not && f.hasSubnet(out.Values[0], src.Values)
+		case others == 0 && only("srctype", "oif"): // the host's own, without docker-proxy
+			return theirs(out) && !out.Not && slices.Equal(match["srctype"].Values, []string{"LOCAL"}) && !match["srctype"].Not
+		case others == 1 && only("saddr", "daddr", "proto"): // a container that dials its own published port
+			return !src.Not && !dst.Not && slices.Equal(src.Values, dst.Values) && f.isContainer(src.Values)
 		}
-		self := src.Field != "" && dst.Field != "" && slices.Equal(src.Values, dst.Values)
-		return theirs(out) || self && target == "MASQUERADE"
 	case "raw PREROUTING":
-		return target == "DROP" && theirs(in) && in.Not && dst.Field != ""
+		return target == "DROP" && others == 0 && only("iif", "daddr") && theirs(in) && in.Not && !dst.Not
 	}
 	return false
+}
+
+// hasSubnet reports whether the prefix is one of the bridge's network. Of a network that is not known any
+// more, only the name of its bridge can tell.
+func (f *Facts) hasSubnet(bridge string, prefix []string) bool {
+	n := f.network(bridge)
+	if n == nil {
+		return true
+	}
+	return len(prefix) == 1 && slices.ContainsFunc(n.Subnets, func(s string) bool {
+		a, err := netip.ParsePrefix(s)
+		b, berr := netip.ParsePrefix(prefix[0])
+		return err == nil && berr == nil && a.Masked() == b.Masked()
+	})
+}
+
+// isContainer reports whether the value is one address, and in a network of the Engine's.
+func (f *Facts) isContainer(value []string) bool {
+	if len(value) != 1 || f.Snapshot == nil {
+		return false
+	}
+	p, err := netip.ParsePrefix(value[0])
+	if err != nil {
+		a, err := netip.ParseAddr(value[0])
+		if err != nil {
+			return false
+		}
+		p = netip.PrefixFrom(a, a.BitLen())
+	}
+	return p.IsSingleIP() && slices.ContainsFunc(f.Snapshot.Networks, func(n api.Network) bool {
+		return n.Source == string(policy.SourceDocker) && slices.ContainsFunc(n.Subnets, func(s string) bool {
+			subnet, err := netip.ParsePrefix(s)
+			return err == nil && subnet.Contains(p.Addr())
+		})
+	})
 }
 
 func checkLeftovers(f *Facts) []Finding {
