@@ -47,6 +47,7 @@ func (d *Daemon) endSockets(g bpfmaps.Gone) (n int, err error) {
 	peers := append([]netip.Addr(nil), g.Addrs...)
 	cookies := make(map[uint64]bool)
 	left := make(map[bpfmaps.GonePort]bool)
+	var errs []error
 	for _, p := range g.Ports {
 		if !gone[p.Target.Addr()] {
 			left[p] = true
@@ -64,15 +65,13 @@ func (d *Daemon) endSockets(g bpfmaps.Gone) (n int, err error) {
 				peers = append(peers, a)
 			}
 		})
-		if err != nil {
-			return 0, err
-		}
+		errs = append(errs, err)
 	}
 	if len(peers) == 0 {
-		return 0, nil
+		return 0, errors.Join(errs...)
 	}
 	sockets, err := netdev.SocketsTo(peers)
-	errs := []error{err}
+	errs = append(errs, err)
 	for _, s := range sockets {
 		if !gone[s.Peer.Addr()] && !cookies[s.Cookie] {
 			continue

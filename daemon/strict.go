@@ -17,6 +17,9 @@ import (
 // container whose process is about to be made.
 const strictRetry = 20 * time.Millisecond
 
+// strictRetryMax is how long the wait grows, by doubling, for one that stays without a process.
+const strictRetryMax = 10 * time.Second
+
 // strict fills the map of strict mode. It belongs to the reconciler.
 type strict struct {
 	programs *loader.Strict
@@ -24,6 +27,7 @@ type strict struct {
 	devices  *netdev.Devices
 	cookies  map[int]uint64 // by host-side interface, whose numbers are not used again
 	retry    *time.Timer
+	wait     time.Duration // until the next retry
 }
 
 func (d *Daemon) openStrict() error {
@@ -77,9 +81,15 @@ func (s *strict) apply(t policy.Tables, devices policy.Devices) error {
 				s.cookies[e.Ifindex] = cookie
 			}
 		}
-		if len(found) < len(wanted) {
-			s.retry.Reset(strictRetry)
+		if len(found) > 0 {
+			s.wait = 0
 		}
+		if len(found) < len(wanted) {
+			s.wait = min(max(2*s.wait, strictRetry), strictRetryMax)
+			s.retry.Reset(s.wait)
+		}
+	} else {
+		s.wait = 0
 	}
 	if err := s.writer.Apply(strictSources(t, s.cookies)); err != nil {
 		return err

@@ -27,6 +27,10 @@ func engineBridge(name string) bool {
 	return ok && len(id) == 12 && strings.Trim(id, "0123456789abcdef") == ""
 }
 
+// unansweredWait is how long an engine whose socket is there may be silent before such a bridge is taken for
+// somebody else's: other runtimes name theirs alike.
+const unansweredWait = time.Minute
+
 // bridgeSeen is a bridge that the engine has not told of.
 type bridgeSeen struct {
 	at      time.Time // zero: before this daemon was there
@@ -54,6 +58,14 @@ func (d *Daemon) unreported(devices policy.Devices, served map[string]bool) []po
 			time.AfterFunc(unreportedWait+2*time.Second, d.wake)
 		}
 		told := d.reported && (s.at.IsZero() || status.Connected && status.LastSync.After(s.at.Add(unreportedWait)))
+		since := s.at
+		if since.IsZero() {
+			since = d.started
+		}
+		if age := time.Since(since); !told && !s.foreign && !status.Connected && (age > unansweredWait || age > unreportedWait && !d.docker.Exists()) {
+			told = true
+			d.log.Warn("not closing a bridge any longer: no engine answers for it", "bridge", b.Name)
+		}
 		s.foreign = s.foreign || told
 		seen[b.Ifindex] = s
 		if s.foreign {
