@@ -69,6 +69,7 @@ type Writer struct {
 	seed       uint32
 	classBytes []byte              // ports and subnets as written
 	held       map[uint16]struct{} // ports of adopted flows
+	changed    bool                // what flows are to be judged by again
 
 	// Bury is called by Apply when endpoints or published ports are gone, after they have been taken out
 	// of the maps and before anything new is written: what it ends cannot be a successor's. Nothing new
@@ -269,6 +270,7 @@ func (w *Writer) Apply(t policy.Tables, s Settings) (Result, error) {
 	do(remove(m["masquerade_addrs"], w.have.masq, want.masq))
 	do(remove(m["host_addrs"], w.have.hostAddrs, want.hostAddrs))
 	res.Removed = removedPorts > 0 || removedSlots > 0
+	w.changed = w.changed || res.Changed > 0
 	if w.gone.Any = w.gone.Any || res.Removed; w.gone.Any && w.Bury != nil {
 		if err := w.Bury(w.gone); err != nil {
 			return res, errors.Join(append(errs, err)...)
@@ -298,8 +300,10 @@ func (w *Writer) Apply(t policy.Tables, s Settings) (Result, error) {
 
 	do(remove(m["subnets"], w.have.subnets, want.subnets))
 	do(zero(m["network_slots"], w.have.networks, want.networks, same))
-	errs = append(errs, w.writeConfig(s, res.Changed > 0))
-	return res, errors.Join(errs...)
+	w.changed = w.changed || res.Changed > 0
+	err = w.writeConfig(s, w.changed)
+	w.changed = err != nil && w.changed
+	return res, errors.Join(append(errs, err)...)
 }
 
 func remove[K, V comparable](m *ebpf.Map, have, want map[K]V) (int, error) {
