@@ -447,6 +447,7 @@ type DatapathScratch struct {
 		Reverse    bool
 		_          [2]byte
 	}
+	Mark  uint32
 	Tuple struct {
 		_    structs.HostLayout
 		Ipv4 struct {
@@ -495,7 +496,6 @@ type DatapathScratch struct {
 	Forward6 DatapathFlow6Key
 	Partner4 DatapathFlow4Key
 	Partner6 DatapathFlow6Key
-	_        [4]byte
 	Flow4    DatapathFlow4
 	Flow6    DatapathFlow6
 }

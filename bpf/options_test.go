@@ -122,6 +122,12 @@ func TestGatewayModes(t *testing.T) {
 				h.uplinkCase("nobody has the address", packet.TCP(client, at(f.in(netOne, 99), openPort), fromOutside), actShot, dropped(directAccess, "uplink"), nil),
 				h.fromCase("from an internal network", ian, packet.TCP(at(f.addr(ian), 40000), at(a, openPort), toGateway(ian)), actShot, dropped(internalNet, "container"), nil),
 			})
+			if f.v6 {
+				h.check(t, []packetCase{
+					h.uplinkCase("from an address of the link", packet.TCP(at(ip("fe80::99"), 50000), at(a, openPort), fromOutside), actShot, dropped(martian, "uplink"), nil),
+					h.uplinkCase("echo from an address of the link", packet.ICMPEcho(ip("fe80::99"), a, 1, 1, fromOutside), actShot, dropped(martian, "uplink"), nil),
+				})
+			}
 			h.open(t, f, netip.Addr{}, late, unix.IPPROTO_TCP, openPort)
 			h.check(t, []packetCase{
 				h.uplinkCase("not ready", packet.TCP(client, at(f.addr(late), openPort), fromOutside), actShot, dropped(notReady, "uplink"), nil),
@@ -345,6 +351,11 @@ func TestDirectRouting(t *testing.T) {
 			same(t, "what follows", packet.TCP(client, at(a, shutPort), routedTo(alice), packet.TTL(63), packet.Flags("A")), r.out)
 			h.bump()
 			h.expect("its answer, after another policy", actRedirect, toUplink, func() result { return h.from(alice, answer) })
+			h.bump()
+			h.expect("what follows, after another policy", actRedirect, published, func() result {
+				return h.uplink(packet.TCP(client, at(a, shutPort), fromOutside, packet.Flags("A")))
+			})
+			require.Equal(t, 2, h.entries(f), "the same flow")
 		})
 		t.Run("none of them", func(t *testing.T) {
 			h.t = t

@@ -215,7 +215,7 @@ static __always_inline const struct port *redirect(struct bpf_sock_addr *ctx, st
 	return remember(ctx, dst, port) ? port : NULL;
 }
 
-static __always_inline void redirect4(struct bpf_sock_addr *ctx, __be32 source)
+static __always_inline bool redirect4(struct bpf_sock_addr *ctx, __be32 source)
 {
 	const struct port *port;
 	struct addr src, dst;
@@ -224,12 +224,13 @@ static __always_inline void redirect4(struct bpf_sock_addr *ctx, __be32 source)
 	map_ip4(&dst, ctx->user_ip4);
 	port = redirect(ctx, &dst, &src, false);
 	if (!port)
-		return;
+		return false;
 	ctx->user_ip4 = port->addr.w[3];
 	ctx->user_port = port->port;
+	return true;
 }
 
-static __always_inline void redirect6(struct bpf_sock_addr *ctx, const struct addr *src,
+static __always_inline bool redirect6(struct bpf_sock_addr *ctx, const struct addr *src,
 				      bool may_cross)
 {
 	const struct port *port;
@@ -238,9 +239,10 @@ static __always_inline void redirect6(struct bpf_sock_addr *ctx, const struct ad
 	read_ip6(&dst, ctx);
 	port = redirect(ctx, &dst, src, may_cross);
 	if (!port)
-		return;
+		return false;
 	write_ip6(ctx, &port->addr);
 	ctx->user_port = port->port;
+	return true;
 }
 
 /* A socket that was bound to a masquerade port, and whom it dials. */
@@ -327,9 +329,9 @@ int sock_connect4(struct bpf_sock_addr *ctx)
 {
 	struct addr src, dst;
 
-	if (is_candidate(ctx)) {
-		redirect4(ctx, ctx->sk->src_ip4);
-	} else if (ctx->sk->src_port) {
+	if (is_candidate(ctx) && redirect4(ctx, ctx->sk->src_ip4))
+		return LEAVE;
+	if (ctx->sk->src_port) {
 		map_ip4(&src, ctx->sk->src_ip4);
 		map_ip4(&dst, ctx->user_ip4);
 		if (is_held(ctx, &src, &dst))
@@ -344,11 +346,12 @@ int sock_connect6(struct bpf_sock_addr *ctx)
 {
 	struct addr src, dst;
 
-	if (is_candidate(ctx)) {
-		read_source6(&src, ctx->sk);
-		redirect6(ctx, &src, true);
-	} else if (ctx->sk->src_port) {
-		read_source6(&src, ctx->sk);
+	if (!is_candidate(ctx) && !ctx->sk->src_port)
+		return LEAVE;
+	read_source6(&src, ctx->sk);
+	if (is_candidate(ctx) && redirect6(ctx, &src, true))
+		return LEAVE;
+	if (ctx->sk->src_port) {
 		read_ip6(&dst, ctx);
 		if (is_held(ctx, &src, &dst))
 			return refuse();

@@ -805,6 +805,7 @@ func TestSockHeldTuple(t *testing.T) {
 	require.NoError(t, lab.maps["port_class"].Lookup(uint32(0), &class))
 	class[member(t, lab.spec.Maps["port_class"].Value, "ports")+bound] |= byte(bpf.DatapathPortBitsPORT_SNAT)
 	class[member(t, lab.spec.Maps["port_class"].Value, "ports")+bound+1] |= byte(bpf.DatapathPortBitsPORT_SNAT)
+	class[member(t, lab.spec.Maps["port_class"].Value, "ports")+80] |= byte(bpf.DatapathPortBitsPORT_TCP) // the host publishes that number too
 	require.NoError(t, lab.maps["port_class"].Put(uint32(0), class))
 	hold := func(remote, local string, port int, proto, out uint8) {
 		r, l := netip.MustParseAddr(remote), netip.MustParseAddr(local)

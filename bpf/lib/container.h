@@ -477,6 +477,7 @@ static __always_inline int marked_of(struct __sk_buff *skb, const bool v6)
 		return -REASON_MALFORMED;
 	if (s->packet.flags & PACKET_NO_L4)
 		s->packet.flags |= PACKET_PORTS_LOST;
+	s->mark = skb->mark;
 	err = plan_direct(skb, s, skb->ingress_ifindex, v6);
 	return err ? err : flow_open(skb, v6);
 }

@@ -68,6 +68,7 @@ struct scratch {
 	struct packet packet;
 	struct plan plan;
 	struct route_query route;
+	__u32 mark; /* that the packet is judged by where the world dials a container */
 	struct bpf_sock_tuple tuple;
 	struct quoted quoted;
 	struct open_key open;

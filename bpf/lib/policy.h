@@ -529,14 +529,16 @@ static __always_inline int plan_direct(struct __sk_buff *skb, struct scratch *s,
 	if (!net)
 		return -REASON_DIRECT_ACCESS;
 	open_of(s, false);
-	port = lets_in(target->net, ifindex, skb->mark, v6);
+	port = lets_in(target->net, ifindex, s->mark, v6);
 	if (port < 0)
 		return -REASON_DIRECT_ACCESS;
 	if (!(target->flags & ENDPOINT_READY))
 		return -REASON_NOT_READY;
 	if (addr_is_loopback(&p->saddr, v6) || addr_is_this_network(&p->saddr, v6))
 		return -REASON_LOOPBACK_ADDRESS;
-	if (bpf_map_lookup_elem(&host_addrs, &p->saddr) || subnet_of(&p->saddr))
+	/* A link-local source does not leave its link, RFC 4291 2.5.6. */
+	if (bpf_map_lookup_elem(&host_addrs, &p->saddr) || subnet_of(&p->saddr) ||
+	    (v6 && addr_is_link_local(&p->saddr, v6)))
 		return -REASON_MARTIAN;
 	if (p->flags & PACKET_PORTS_LOST)
 		return -REASON_FRAGMENT_NOT_FOUND;

@@ -136,8 +136,13 @@ static __always_inline int uplink_slow(struct __sk_buff *skb, struct scratch *s,
 		fragments_lost(p);
 		return VERDICT_FORWARD;
 	}
-	if (f)
+	s->mark = skb->mark;
+	if (f) {
 		p->tcp_flags &= ~TCP_RST; /* it may end a flow, though it could not open one */
+		/* Its first packet may have had a mark by netfilter, which is behind us. */
+		if (!(f->flags & FLOW_NAT))
+			s->mark = cfg->accept_mark;
+	}
 	verdict = uplink_judge(skb, s, v6);
 	if (!f)
 		return verdict;
