@@ -408,6 +408,10 @@ func TestPlugIn(t *testing.T) {
 	require.ErrorContains(t, d.PlugIn(newSandbox(t), v, "br0"), "plug bpv-0 into br0: eth0: no such device")
 	require.NoError(t, d.PlugIn(ns, v, "br0"))
 	require.Equal(t, linkNamed(t, "br0").Attrs().Index, linkNamed(t, "bpv-0").Attrs().MasterIndex)
+	// The kernel tells of the carrier a moment later.
+	lab.Eventually(t, 5*time.Second, "br0 and its port are up", func() bool {
+		return linkNamed(t, "bpv-0").Attrs().OperState == netlink.OperUp && linkNamed(t, "br0").Attrs().OperState == netlink.OperUp
+	})
 	require.Zero(t, countEvents(t, d, func() { require.NoError(t, d.PlugIn(ns, v, "br0")) }, LinkChanged, PortChanged))
 
 	require.NoError(t, d.PlugIn(ns, v, "br1"))
