@@ -96,18 +96,27 @@ daemon down.`,
 }
 
 func (a *App) printNetworks(rows []NetworkRow, list *listFlags) error {
+	header := []string{"NETWORK ID", "NAME", "DRIVER", "SCOPE", "SOURCE"}
+	return printRows(a, list, header, rows, func(r NetworkRow) []string {
+		return []string{list.id(r.ID), r.Name, r.Driver, r.Scope, r.Source}
+	})
+}
+
+// printRows prints a list, or with --quiet its first column alone.
+func printRows[R any](a *App, list *listFlags, header []string, rows []R, columns func(R) []string) error {
 	var lines [][]string
 	for _, r := range rows {
+		line := columns(r)
 		if list.quiet {
-			fmt.Fprintln(a.Stdout, list.id(r.ID))
+			fmt.Fprintln(a.Stdout, line[0])
 			continue
 		}
-		lines = append(lines, []string{list.id(r.ID), r.Name, r.Driver, r.Scope, r.Source})
+		lines = append(lines, line)
 	}
 	if list.quiet {
 		return nil
 	}
-	return listing(a.Stdout, []string{"NETWORK ID", "NAME", "DRIVER", "SCOPE", "SOURCE"}, lines)
+	return listing(a.Stdout, header, lines)
 }
 
 // The output of "docker network inspect" of Docker Engine 20.10: its keys, their order and types.

@@ -233,20 +233,12 @@ whose process has ended meanwhile is dead.`,
 }
 
 func (a *App) printSandboxes(rows []SandboxRow, list *listFlags) error {
-	var lines [][]string
-	for _, r := range rows {
-		if list.quiet {
-			fmt.Fprintln(a.Stdout, list.id(r.ID))
-			continue
-		}
-		lines = append(lines, []string{
+	header := []string{"SANDBOX ID", "NAME", "SOURCE", "COMMAND", "CREATED", "STATUS", "PORTS"}
+	return printRows(a, list, header, rows, func(r SandboxRow) []string {
+		return []string{
 			list.id(r.ID), r.Name, r.Source, r.command(list.noTrunc), a.ago(r.Created), a.statusText(r), folded(r.Ports),
-		})
-	}
-	if list.quiet {
-		return nil
-	}
-	return listing(a.Stdout, []string{"SANDBOX ID", "NAME", "SOURCE", "COMMAND", "CREATED", "STATUS", "PORTS"}, lines)
+		}
+	})
 }
 
 // commandWidth is what Docker shows of a command.
