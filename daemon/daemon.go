@@ -99,6 +99,7 @@ type Daemon struct {
 	round    sync.Mutex // of what follows: one round after another
 	slots    policy.Slots
 	tables   policy.Tables
+	applied  policy.Tables // the last that the maps have taken whole
 	attached map[int]bool
 	adopted  map[int]bool // bridges whose flows netfilter has no more, by index
 	seen     policy.Devices
@@ -642,7 +643,7 @@ func (d *Daemon) apply(in policy.Intents, settings bpfmaps.Settings) error {
 	if _, err := d.writer.Apply(tables, settings); err != nil {
 		return err
 	}
-	d.slots = slots
+	d.slots, d.applied = slots, tables
 	return nil
 }
 

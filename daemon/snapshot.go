@@ -115,7 +115,7 @@ func (d *Daemon) writeSnapshot(state policy.State) error {
 		return err
 	}
 	d.mu.Lock()
-	d.snapshot, d.published, d.closed = s, d.tables.Ports, d.tables.Closed
+	d.snapshot, d.published, d.closed = s, d.applied.Ports, d.applied.Closed
 	d.mu.Unlock()
 	return nil
 }
