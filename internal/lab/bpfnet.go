@@ -17,7 +17,14 @@ import (
 	"time"
 )
 
-var bpfnetBinary = build("cmd/bpfnet", "bpfnet")
+var builtBpfnet = build("cmd/bpfnet", "bpfnet")
+
+func bpfnetBinary() (string, error) {
+	if given.Bpfnet != "" {
+		return given.Bpfnet, nil
+	}
+	return builtBpfnet()
+}
 
 // Bpfnet is the daemon under test, a process of the lab's host.
 type Bpfnet struct {

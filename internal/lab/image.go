@@ -37,7 +37,14 @@ func build(pkg, name string) func() (string, error) {
 	})
 }
 
-var toolBinary = build("internal/lab/tool", "labtool")
+var builtTool = build("internal/lab/tool", "labtool")
+
+func toolBinary() (string, error) {
+	if given.Tool != "" {
+		return given.Tool, nil
+	}
+	return builtTool()
+}
 
 func buildTool(t testing.TB) string {
 	t.Helper()

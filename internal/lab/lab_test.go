@@ -431,3 +431,29 @@ func TestTun(t *testing.T) {
 		t.Errorf("tun device: mtu %d, hardware address %v", link.MTU, link.HardwareAddr)
 	}
 }
+
+// What a command does with labs is cleaned up as in a test, last first, and what failed is told.
+func TestSession(t *testing.T) {
+	s := &Session{}
+	var order []string
+	var log strings.Builder
+	err := s.Do(t.Context(), &log, func(t testing.TB) {
+		t.Cleanup(func() { order = append(order, "first") })
+		t.Cleanup(func() { order = append(order, "second"); t.Error("cleanup went wrong") })
+		t.Logf("at %d", 1)
+		t.Fatalf("no %s", "engine")
+		order = append(order, "went on")
+	})
+	if got, want := fmt.Sprint(err), "no engine\ncleanup went wrong"; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	if !slices.Equal(order, []string{"second", "first"}) || log.String() != "at 1\n" {
+		t.Errorf("order %q, log %q", order, log.String())
+	}
+	if err := s.Do(t.Context(), &log, func(t testing.TB) { panic("absurd") }); err == nil || !strings.Contains(err.Error(), "absurd") {
+		t.Errorf("a panic was lost: %v", err)
+	}
+	if err := s.Do(t.Context(), &log, func(t testing.TB) {}); err != nil {
+		t.Error(err)
+	}
+}

@@ -57,44 +57,59 @@ func Main(m *testing.M) {
 }
 
 func runMain(m *testing.M) int {
-	mainRuns = true
-	var err error
-	root := os.Geteuid() == 0
-	if root {
-		unlock, err := lockMachine()
-		if err != nil {
-			fmt.Fprintln(os.Stderr, "lab:", err)
-			return 1
-		}
-		defer unlock()
-	}
-	if binDir, err = os.MkdirTemp("", processTag+"-bin-"); err != nil {
+	finish, err := prepare()
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "lab:", err)
 		return 1
 	}
-	removeBin := func() { os.RemoveAll(binDir) }
-	defer removeBin()
+	code := m.Run()
+	// The leaks of a test that was cut short say nothing new.
+	if err := finish(code == 0); err != nil {
+		fmt.Fprintln(os.Stderr, "lab:", err)
+		return 1
+	}
+	return code
+}
 
+// prepare takes the machine's lock and looks at what is there. finish gives the lock back; with check
+// its error names what was left behind since.
+func prepare() (finish func(check bool) error, err error) {
+	mainRuns = true
+	root := os.Geteuid() == 0
+	unlock := func() {}
+	if root {
+		if unlock, err = lockMachine(); err != nil {
+			return nil, err
+		}
+	}
+	if binDir, err = os.MkdirTemp("", processTag+"-bin-"); err != nil {
+		unlock()
+		return nil, err
+	}
 	before := look(root)
 	traces := engineTraces()
-	code := m.Run()
-	if code != 0 {
+	return func(check bool) error {
+		defer unlock()
+		os.RemoveAll(binDir)
 		removeEngineTraces(traces)
-		// The leaks of a test that was cut short say nothing new.
-		return code
-	}
-	removeBin()
-	removeEngineTraces(traces)
+		if !check {
+			return nil
+		}
+		return leftSince(before, root)
+	}, nil
+}
+
+// leftSince waits for all that came since before to go. Some things go away by themselves a moment
+// later: programs after a grace period, namespaces in a worker thread of the kernel.
+func leftSince(before findings, root bool) error {
 	var own, shared []string
-	// Some things go away by themselves a moment later: programs after a grace period,
-	// namespaces in a worker thread of the kernel.
 	clean := poll(10*time.Second, func() bool {
 		after := look(root)
 		own, shared = before.own.missingFrom(after.own), before.shared.missingFrom(after.shared)
 		return len(own) == 0 && len(shared) == 0
 	})
 	if clean {
-		return 0
+		return nil
 	}
 	if len(shared) > 0 && !onlyLab() {
 		fmt.Fprintf(os.Stderr, "lab: other labs run; not held against this one:\n\t%s\n", strings.Join(shared, "\n\t"))
@@ -102,14 +117,13 @@ func runMain(m *testing.M) int {
 	}
 	left := append(own, shared...)
 	if len(left) == 0 {
-		return 0
+		return nil
 	}
-	fmt.Fprintf(os.Stderr, "lab: the tests left behind:\n\t%s\n", strings.Join(left, "\n\t"))
 	if slices.ContainsFunc(left, func(s string) bool { return strings.HasPrefix(s, "goroutine") }) {
 		buf := make([]byte, 1<<20)
 		fmt.Fprintf(os.Stderr, "%s\n", buf[:runtime.Stack(buf, true)])
 	}
-	return 1
+	return fmt.Errorf("left behind:\n\t%s", strings.Join(left, "\n\t"))
 }
 
 // engineTraces lists what every engine makes outside of its own directories, whatever

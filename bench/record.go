@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bench
+
+import (
+	"slices"
+	"time"
+)
+
+// The modes. A mode is who forwards, and the limits that nobody who forwards can beat.
+const (
+	Host           = "host"            // limit: the server is a process of the host
+	Loopback       = "loopback"        // limit: client and server in one container
+	DockerIPTables = "docker-iptables" // a real Engine, iptables on, userland proxy off
+	DockerProxy    = "docker-proxy"    // a real Engine with its default settings
+	NFTables       = "nftables"        // the rules of Engine 29's nftables backend, loaded by nft
+	Bpfnet         = "bpfnet"          // a real Engine, iptables and proxy off, and bpfnet
+)
+
+// Modes are all of them, limits first, in the order of reports.
+var Modes = []string{Host, Loopback, DockerIPTables, DockerProxy, NFTables, Bpfnet}
+
+// Key names what is measured. No two records of one run have the same.
+type Key struct {
+	Scenario string `json:"scenario"`         // what is done, such as "container-container"
+	Mode     string `json:"mode"`             // one of Modes
+	Family   int    `json:"family,omitempty"` // 4 or 6; 0: neither
+	Metric   string `json:"metric"`           // such as "rr"
+	At       int    `json:"at,omitempty"`     // where something is scaled: how many there are
+}
+
+// Sample is what one window gave.
+type Sample struct {
+	Value float64
+	// CPU is the time that all CPUs worked, in nanoseconds per unit of work. 0: not measured.
+	CPU float64
+}
+
+// Spread is a set of samples in short.
+type Spread struct {
+	Min    float64 `json:"min"`
+	Median float64 `json:"median"`
+	Max    float64 `json:"max"`
+}
+
+// SpreadOf is the spread of at least one value. The median of an even number is the mean of the middle two.
+func SpreadOf(values []float64) Spread {
+	v := slices.Sorted(slices.Values(values))
+	mid := len(v) / 2
+	s := Spread{Min: v[0], Median: v[mid], Max: v[len(v)-1]}
+	if len(v)%2 == 0 {
+		s.Median = (v[mid-1] + v[mid]) / 2
+	}
+	return s
+}
+
+// Record is the result of one probe: a line of the report.
+type Record struct {
+	Key
+	Group string `json:"group"` // what it was interleaved with
+	Unit  string `json:"unit"`
+	N     int    `json:"n"`
+	Spread
+	CPU     *Spread   `json:"cpu_ns,omitempty"` // per unit of work
+	Samples []float64 `json:"samples"`          // in the order in which they were taken
+	Note    string    `json:"note,omitempty"`   // how it departs from what its key says
+}
+
+// Header is the first line of a report.
+type Header struct {
+	Started time.Time         `json:"started"`
+	Version string            `json:"version"` // of bpfnet
+	Kernel  string            `json:"kernel"`
+	CPU     string            `json:"cpu"`
+	CPUs    int               `json:"cpus"`
+	Pinning string            `json:"pinning"`
+	Rounds  int               `json:"rounds"`
+	Quick   bool              `json:"quick,omitempty"`
+	Peers   map[string]string `json:"peers"` // versions of the programs measured against
+}
+
+// Report is a whole run.
+type Report struct {
+	Header  Header
+	Records []Record
+}
