@@ -2,4 +2,38 @@
 
 // Package load is both ends of a measured exchange: servers and clients on blocking sockets and pinned
 // threads, without the Go runtime's poller, so that one binary costs the same in every mode.
+//
+// # Workers
+//
+// [Main] is the command line of both ends. A server ("serve") says "ready" when it listens and ends with
+// SIGTERM. A client is started for one window, prints one line of JSON, a [Result], and fails with the
+// first exchange that fails: a number with errors in it is none. [Client] makes its arguments, and
+// [Parse] reads its result.
+//
+//   - rr: one byte there and back, on one connection (or UDP socket), one exchange at a time.
+//   - crr: connect, one byte there, one byte back, close.
+//   - udp: small datagrams as fast as one thread sends them; the server counts.
+//   - latency: rr with the time of each exchange, closed loop or at an offered rate.
+//
+// # What the runtime does meanwhile
+//
+// A measuring thread is locked and pinned, and calls the kernel past the scheduler, which therefore
+// takes it for busy even while it waits in the kernel. There is no garbage collection, nothing is
+// allocated in a loop, and the signals that ask for preemption are blocked in the thread. What remains
+// of the runtime is one thread that looks around a hundred times a second, on any CPU.
+//
+// # Connections that close
+//
+// In crr the server closes first and the client waits for that, as netperf's TCP_CRR does: the port of
+// a client is free at once, and TIME_WAIT is at the server, which takes the tuple's next SYN all the
+// same. So neither ports nor the rate run out, whatever was measured before. All closing is by FIN: a
+// RST would let connection tracking, ours and others', forget the connection early. Tuples come back
+// only after the client has gone through all ports from 1024 on, [Sysctls] let the table of TIME_WAIT
+// sockets be as large as a minute of that needs: a full one resets connections that are being closed.
+//
+// # CPU
+//
+// CPU time is that of the whole machine, all CPUs together, from the idle time in /proc/stat. That is
+// told in hundredths of a second, so that a window is right to about 10 ms of busy time for each CPU
+// that is at times idle; a CPU that never idles is exact.
 package load
