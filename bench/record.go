@@ -11,14 +11,16 @@ import (
 const (
 	Host           = "host"            // limit: the server is a process of the host
 	Loopback       = "loopback"        // limit: client and server in one container
+	Engine         = "engine"          // limit of control: a real Engine that forwards nothing, iptables and proxy off
 	DockerIPTables = "docker-iptables" // a real Engine, iptables on, userland proxy off
 	DockerProxy    = "docker-proxy"    // a real Engine with its default settings
 	NFTables       = "nftables"        // the rules of Engine 29's nftables backend, loaded by nft
 	Bpfnet         = "bpfnet"          // a real Engine, iptables and proxy off, and bpfnet
+	Sandboxes      = "sandboxes"       // bpfnet's own, without an Engine
 )
 
 // Modes are all of them, limits first, in the order of reports.
-var Modes = []string{Host, Loopback, DockerIPTables, DockerProxy, NFTables, Bpfnet}
+var Modes = []string{Host, Loopback, Engine, DockerIPTables, DockerProxy, NFTables, Bpfnet, Sandboxes}
 
 // Key names what is measured. No two records of one run have the same.
 type Key struct {
