@@ -4,9 +4,12 @@ package bench
 
 import (
 	"bytes"
+	"encoding/xml"
 	"flag"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -59,8 +62,8 @@ func (b *builder) cpu(ns float64) *builder {
 	return b
 }
 
-// traffic is a report of three traffic lines and one that is scaled.
-func traffic() *builder {
+// inventedTraffic is a report of three traffic lines and one that is scaled.
+func inventedTraffic() *builder {
 	cc := func(mode, metric string) Key { return reachKey("container-container", mode, 4, metric, 0) }
 	b := invented()
 	b.add(cc(Loopback, "rr"), "1/s", 100e3, 200e3, 150e3).cpu(6500)
@@ -82,7 +85,7 @@ func traffic() *builder {
 }
 
 func TestReportRoundTrip(t *testing.T) {
-	want := traffic().Report
+	want := inventedTraffic().Report
 	var text bytes.Buffer
 	require.NoError(t, want.Write(&text))
 	assert.Equal(t, len(want.Records)+1, strings.Count(text.String(), "\n"), "a line each")
@@ -173,7 +176,7 @@ func TestWithUnit(t *testing.T) {
 
 func TestWriteTable(t *testing.T) {
 	var out bytes.Buffer
-	require.NoError(t, WriteTable(&out, traffic().Report))
+	require.NoError(t, WriteTable(&out, inventedTraffic().Report))
 	golden(t, "table.txt", out.String())
 }
 
@@ -267,7 +270,7 @@ func TestReach(t *testing.T) {
 }
 
 func TestWriteReach(t *testing.T) {
-	quick := traffic()
+	quick := inventedTraffic()
 	quick.Header.Started = quick.Header.Started.AddDate(0, 0, 5)
 	full := reachReport(map[Key]float64{reachKey("flows", Bpfnet, 4, "crr", 500000): 800})
 	full.Records = full.Records[:len(full.Records)-3] // an old result, without host-only
@@ -315,12 +318,76 @@ func TestCompare(t *testing.T) {
 	assert.Contains(t, text, "The runs do not agree")
 
 	// What is beside the Reach table may differ once in a while, not throughout.
-	b := traffic()
-	other := traffic()
+	b := inventedTraffic()
+	other := inventedTraffic()
 	r := &other.Records[6] // latency of bpfnet
 	r.Samples = []float64{40e3, 40e3, 40e3}
 	r.Spread = SpreadOf(r.Samples)
 	differ, ok := Compare(b.Report, other.Report).Differing()
 	assert.Len(t, differ, 2, "to the limit and to iptables")
 	assert.False(t, ok)
+}
+
+func TestPlotsAreTheSameTwice(t *testing.T) {
+	r := inventedTraffic().Report
+	first, err := Plots(r)
+	require.NoError(t, err)
+	names := slices.Sorted(maps.Keys(first))
+	assert.Equal(t, []string{"ports.svg", "rr.svg", "stream1.svg"}, names, "what was measured, and nothing else")
+	second, err := Plots(r)
+	require.NoError(t, err)
+	for _, name := range names {
+		assert.Equal(t, string(first[name]), string(second[name]))
+		assert.Less(t, len(first[name]), 50_000, name)
+		assert.NoError(t, xml.Unmarshal(first[name], new(struct{})), name)
+		assert.Contains(t, string(first[name]), ">bpfnet</text>", name)
+	}
+	none, err := Plots(invented().Report)
+	require.NoError(t, err)
+	assert.Empty(t, none)
+	moved := inventedTraffic()
+	moved.Records[2].Median *= 0.9
+	third, err := Plots(moved.Report)
+	require.NoError(t, err)
+	assert.NotEqual(t, first["rr.svg"], third["rr.svg"])
+}
+
+func TestPage(t *testing.T) {
+	b := inventedTraffic()
+	b.add(Key{Scenario: "something-new", Mode: Bpfnet, Metric: "size"}, "bytes", 64)
+	files, err := Files(b.Report)
+	require.NoError(t, err)
+	// The text is in page.tmpl; what is put into it is held here.
+	tables := markdownReach(Reach(b.Report)) + "\n" + b.markdown("container-container") + "\n" + b.markdown("ports")
+	golden(t, "tables.md", tables)
+	page := string(files["performance.md"])
+	for part := range strings.SplitSeq(tables, "\n\n") {
+		assert.Contains(t, page, strings.TrimSpace(part))
+	}
+	assert.Contains(t, page, "\n## something-new\n\n| metric | unit | bpfnet |\n")
+	assert.Contains(t, page, "Not measured in this result.")
+	assert.Contains(t, page, "](performance/ports.svg)")
+	assert.NotContains(t, page, "](performance/flows.svg)")
+	assert.Contains(t, page, "| compared with | docker 20.10.24, nft 1.0.6 |")
+	for _, scenario := range append(slices.Clone(scenarioOrder), "something-new") {
+		assert.True(t, strings.Contains(pageText, `{{table "`+scenario+`"}}`) != (scenario == "something-new"), scenario)
+	}
+
+	// Written, read and written again: the result that is committed makes the page.
+	dir := t.TempDir()
+	stale := filepath.Join(dir, "performance", "flows.svg")
+	require.NoError(t, os.MkdirAll(filepath.Dir(stale), 0o755))
+	require.NoError(t, os.WriteFile(stale, nil, 0o644))
+	require.NoError(t, WriteFiles(b.Report, dir))
+	assert.NoFileExists(t, stale)
+	again, err := ReadFile(filepath.Join(dir, "performance/full.jsonl"))
+	require.NoError(t, err)
+	same, err := Files(again)
+	require.NoError(t, err)
+	for name, want := range files {
+		have, err := os.ReadFile(filepath.Join(dir, name))
+		require.NoError(t, err)
+		assert.Equal(t, string(want), string(have), name)
+		assert.Equal(t, string(want), string(same[name]), name)
+	}
 }

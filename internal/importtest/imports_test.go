@@ -47,6 +47,7 @@ var only = map[string][]string{
 	"go.etcd.io/bbolt":               {"store"},
 	"github.com/cilium/ebpf":         {"bpf", "maps", "loader"},
 	"github.com/spf13/cobra":         {"cmd/bpfnet"},
+	"gonum.org/v1/plot":              {"bench"},
 }
 
 // testOnly are packages of others that only tests and internal/ may import.
