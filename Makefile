@@ -43,6 +43,7 @@ generate: ## compile the BPF programs (clang 14), write docs/generated
 		echo "generate: $(CLANG) is of major version $${major:-none}: want clang $(CLANG_MAJOR); apt-get install clang-$(CLANG_MAJOR)" >&2; exit 1; }
 	go generate ./bpf
 	go test -count=1 ./cmd/bpfnet -run TestReference -update
+	go test -count=1 ./metrics -run TestReference -update
 	go test -count=1 ./internal/doctest -run 'TestDropReasons|TestMaps' -update
 
 .PHONY: check

@@ -14,6 +14,7 @@ import (
 // with a failure and a status that is not 2xx.
 const (
 	pathStatus   = "/v1/status"           // GET: Status
+	pathMetrics  = "/metrics"             // GET, for Prometheus
 	pathAllow    = "/v1/network/allow"    // POST Pair: Result
 	pathDisallow = "/v1/network/disallow" // POST Pair: Result
 	pathAnnounce = "/v1/port/announce"    // POST PortBinding: Result

@@ -111,10 +111,12 @@ func bare(err error) error {
 // Server answers clients.
 type Server struct {
 	h Handler
+	// Metrics answers GET /metrics. Optional.
+	Metrics http.Handler
 }
 
 // NewServer makes a server. It has nothing to close.
-func NewServer(h Handler) *Server { return &Server{h} }
+func NewServer(h Handler) *Server { return &Server{h: h} }
 
 // Run serves until ctx ends, lets requests under way finish, and returns nil. It closes l.
 func (s *Server) Run(ctx context.Context, l net.Listener) error {
@@ -143,6 +145,9 @@ func (s *Server) Run(ctx context.Context, l net.Listener) error {
 
 func (s *Server) routes() http.Handler {
 	mux := http.NewServeMux()
+	if s.Metrics != nil {
+		mux.Handle("GET "+pathMetrics, s.Metrics)
+	}
 	mux.HandleFunc("GET "+pathStatus, func(w http.ResponseWriter, r *http.Request) {
 		st, err := s.h.Status(r.Context())
 		answer(w, st, err)

@@ -22,7 +22,7 @@ func (d *Daemon) bury(g bpfmaps.Gone) error {
 	// At the daemon's start expireLoop purges as soon as it can: no round waits seconds for the kernel to
 	// look at a program. Until then the data path drops what would follow such a flow.
 	if d.loader.CanSweep() {
-		if _, err := d.loader.Purge(); err != nil {
+		if err := d.purge(); err != nil {
 			return err
 		}
 	}

@@ -65,6 +65,11 @@ type Config struct {
 	// Relay says whose containers with IPv4 only the relay publishes on IPv6 addresses. Optional: RelayOwn.
 	Relay string
 
+	// MetricsListen is where metrics are served besides the socket. Optional: nowhere.
+	MetricsListen netip.AddrPort
+	// MetricsLimit is how many containers, and how many ports, have metrics of their own. 0: metrics.DefaultLimit.
+	MetricsLimit int
+
 	Version string
 	Logger  *slog.Logger
 	// Banner is written once when the daemon serves: what it attached to and what to type next.

@@ -25,6 +25,7 @@ import (
 	"github.com/bpfnet/bpfnet/embedded"
 	"github.com/bpfnet/bpfnet/loader"
 	bpfmaps "github.com/bpfnet/bpfnet/maps"
+	"github.com/bpfnet/bpfnet/metrics"
 	"github.com/bpfnet/bpfnet/netdev"
 	"github.com/bpfnet/bpfnet/policy"
 	"github.com/bpfnet/bpfnet/relay"
@@ -67,6 +68,8 @@ type Daemon struct {
 	own      *embedded.Manager
 	relay    *relay.Keeper
 	timeouts map[string]time.Duration
+	rounds   *metrics.Rounds
+	metrics  *metrics.Collector
 	cookie   uint64
 	seed     uint32
 
@@ -131,7 +134,7 @@ func open(cfg Config) (_ *Daemon, err error) {
 	d := &Daemon{
 		cfg: cfg, log: cfg.Logger, started: time.Now(), kick: make(chan struct{}, 1), urgent: make(chan struct{}, 1),
 		bridges: make(map[string]policy.Source), guarded: make(map[int]bool), attached: make(map[int]bool), adopted: make(map[int]bool), announced: make(map[string]announced),
-		news: make(chan struct{}), over: make(chan struct{}),
+		news: make(chan struct{}), over: make(chan struct{}), rounds: metrics.NewRounds(),
 	}
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
@@ -197,6 +200,7 @@ func open(cfg Config) (_ *Daemon, err error) {
 		return nil, err
 	}
 	d.writer.Bury = d.bury
+	d.metrics = metrics.New(d.metricsOptions())
 	if d.seed = d.writer.HashSeed(); d.seed == 0 {
 		d.seed = rand.Uint32()
 	}
@@ -289,7 +293,15 @@ func (d *Daemon) run(ctx context.Context) error {
 	if err := d.reconcile(); err != nil {
 		return fmt.Errorf("first round: %w", err)
 	}
-	group.Go(func() error { return api.NewServer(d).Run(ctx, d.listener) })
+	server := api.NewServer(d)
+	server.Metrics = metrics.Handler(d.metrics)
+	group.Go(func() error { return server.Run(ctx, d.listener) })
+	if d.cfg.MetricsListen.IsValid() {
+		group.Go(func() error {
+			metrics.Serve(ctx, d.cfg.MetricsListen, server.Metrics, d.log)
+			return nil
+		})
+	}
 	group.Go(func() error { return d.own.Run(ctx) })
 	group.Go(func() error { return d.watch(ctx, events) })
 	group.Go(func() error { return d.reconcileLoop(ctx) })
@@ -476,10 +488,10 @@ func (d *Daemon) expireLoop(ctx context.Context) error {
 	}
 	// Once at the start: what an earlier run took out of the maps and did not live to purge. Then what has
 	// timed out, which arms the kernel's timer.
-	if _, err := d.loader.Purge(); err != nil {
+	if err := d.purge(); err != nil {
 		return err
 	}
-	if _, err := d.loader.Expire(); err != nil {
+	if err := d.expire(); err != nil {
 		return err
 	}
 	tick := time.NewTicker(every)
@@ -496,7 +508,7 @@ func (d *Daemon) expireLoop(ctx context.Context) error {
 				continue
 			}
 			skipped = 0
-			if _, err := d.loader.Expire(); err != nil {
+			if err := d.expire(); err != nil {
 				return err
 			}
 		}
@@ -507,6 +519,8 @@ func (d *Daemon) expireLoop(ctx context.Context) error {
 func (d *Daemon) reconcile() (err error) {
 	d.round.Lock()
 	defer d.round.Unlock()
+	began := time.Now()
+	defer func() { d.rounds.Reconciled(began, time.Since(began), err) }()
 	d.mu.Lock()
 	engine, state := d.state()
 	reported, resync, renew := d.reported || d.docker == nil, d.resync, d.renew

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync"
 
@@ -256,18 +257,72 @@ func (m *Maps) Fill() ([]Fill, error) {
 		{Map: "flows4", Entries: v4, Max: int(m.m["flows4"].MaxEntries())},
 		{Map: "flows6", Entries: v6, Max: int(m.m["flows6"].MaxEntries())},
 	}
-	for _, name := range []string{"endpoints", "links", "ports", "pairs", "host_addrs", "subnets"} {
-		n := 0
-		it := m.m[name].Iterate()
-		key := make([]byte, m.m[name].KeySize())
-		value := make([]byte, m.m[name].ValueSize())
-		for it.Next(&key, &value) {
-			n++
-		}
-		if err := it.Err(); err != nil {
+	for _, name := range []string{"endpoints", "links", "ports", "open_ports", "pairs", "host_addrs", "subnets", "trusted", "allowed_sources"} {
+		n, err := entries(m.m[name])
+		if err != nil {
 			return nil, fmt.Errorf("read %s: %w", name, err)
 		}
 		out = append(out, Fill{Map: name, Entries: n, Max: int(m.m[name].MaxEntries())})
 	}
 	return out, nil
+}
+
+// entries counts what a map holds, in few system calls.
+func entries(m *ebpf.Map) (int, error) {
+	const batch = 1024
+	var cursor ebpf.MapBatchCursor
+	room := func(size uint32) any {
+		element := reflect.ArrayOf(int(size), reflect.TypeFor[byte]())
+		return reflect.MakeSlice(reflect.SliceOf(element), batch, batch).Interface()
+	}
+	keys, values := room(m.KeySize()), room(m.ValueSize())
+	for n := 0; ; {
+		got, err := m.BatchLookup(&cursor, keys, values, nil)
+		n += got
+		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			return n, nil
+		}
+		if err != nil {
+			return countSingly(m)
+		}
+	}
+}
+
+// countSingly counts a map's entries one by one, where the kernel knows no batches of its type.
+func countSingly(m *ebpf.Map) (int, error) {
+	n := 0
+	it := m.Iterate()
+	key, value := make([]byte, m.KeySize()), make([]byte, m.ValueSize())
+	for it.Next(&key, &value) {
+		n++
+	}
+	return n, it.Err()
+}
+
+// Tries says how masquerade ports were found.
+type Tries struct {
+	Found     []uint64 // at the first try, at the second, …
+	Exhausted uint64   // not at all
+}
+
+// MasqueradeTries reads the counters of the search for masquerade ports.
+func (m *Maps) MasqueradeTries() (Tries, error) {
+	var t Tries
+	last := m.m["snat_stats"].MaxEntries() - 1
+	for i := uint32(0); i <= last; i++ {
+		var values []uint64
+		if err := m.m["snat_stats"].Lookup(i, &values); err != nil {
+			return Tries{}, fmt.Errorf("read snat_stats: %w", err)
+		}
+		var n uint64
+		for _, v := range values {
+			n += v
+		}
+		if i == last {
+			t.Exhausted = n
+		} else {
+			t.Found = append(t.Found, n)
+		}
+	}
+	return t, nil
 }

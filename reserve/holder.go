@@ -58,6 +58,13 @@ type socket struct {
 	inode         uint64 // 0: no process has it any more
 }
 
+// Holder names the process that has a port, in the network namespace of the calling thread; 0 if that is not
+// found out.
+func Holder(proto policy.Proto, host netip.AddrPort) (pid int, process string) {
+	e := takenBy(proto, host, rivals(proto, host))
+	return e.PID, e.Process
+}
+
 // takenBy says who has a port, given its rivals.
 func takenBy(proto policy.Proto, host netip.AddrPort, list []socket) *TakenError {
 	e := &TakenError{Proto: proto, Host: host}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -218,6 +219,8 @@ func TestUsageErrors(t *testing.T) {
 		"daemon --timeout udp=5":            `bpfnet: daemon: --timeout "udp=5": want a duration like 30s, 5m or 2h4m; see "bpfnet daemon --help"`,
 		"daemon --timeout udp=-5s":          `bpfnet: daemon: --timeout "udp=-5s": want a duration like 30s, 5m or 2h4m; see "bpfnet daemon --help"`,
 		"daemon --log-level loud":           `bpfnet: daemon: --log-level "loud": want one of debug, error, info, warn; see "bpfnet daemon --help"`,
+		"daemon --metrics-limit 0":          `bpfnet: daemon: --metrics-limit 0: want a positive number; see "bpfnet daemon --help"`,
+		"daemon --metrics-listen :9633":     `bpfnet: daemon: --metrics-listen ":9633": want ADDR:PORT, like 127.0.0.1:9633 or [::]:9633; see "bpfnet daemon --help"`,
 		"daemon --uplink=":                  `bpfnet: daemon: --uplink: empty name; see "bpfnet daemon --help"`,
 	} {
 		t.Run(line, func(t *testing.T) {
@@ -262,7 +265,8 @@ func TestDaemonConfig(t *testing.T) {
 
 	w.must("daemon", "--docker", "off", "--uplink", "eth0", "--uplink", "wg0", "--attach", "clsact", "--flows", "1000",
 		"--timeout", "udp=5m", "--timeout", "tcp-syn=10s", "--ip-forward-no-drop", "--default-bridge-no-masquerade",
-		"--default-bridge-no-icc", "--relay", "all", "--log-level", "error", "--cgroup", cgroup+"/")
+		"--default-bridge-no-icc", "--relay", "all", "--log-level", "error", "--cgroup", cgroup+"/",
+		"--metrics-listen", "127.0.0.1:9633", "--metrics-limit", "5")
 	got := *w.daemon
 	got.Logger.Info("not to stderr")
 	assert.Empty(t, w.errs.String())
@@ -271,6 +275,7 @@ func TestDaemonConfig(t *testing.T) {
 		Paths: paths, Docker: "off", Uplinks: []string{"eth0", "wg0"}, Attach: "clsact", Flows: 1000,
 		Timeouts:        map[string]time.Duration{"udp": 5 * time.Minute, "tcp-syn": 10 * time.Second},
 		IPForwardNoDrop: true, DefaultBridgeNoMasquerade: true, DefaultBridgeNoICC: true, Relay: daemon.RelayAll, Version: "1.2.3",
+		MetricsListen: netip.MustParseAddrPort("127.0.0.1:9633"), MetricsLimit: 5,
 	}, got)
 }
 

@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/bpfnet/bpfnet/daemon"
+	"github.com/bpfnet/bpfnet/metrics"
 	"github.com/bpfnet/bpfnet/netdev"
 )
 
@@ -27,6 +28,7 @@ func (a *App) daemonCommand() *cobra.Command {
 		bridgeIP string
 		mark     string
 		strict   bool
+		listen   string
 	)
 	cmd := &cobra.Command{
 		Use:   "daemon",
@@ -55,6 +57,9 @@ Stopping the daemon leaves the network running; "bpfnet cleanup" removes it.`,
 				return err
 			}
 			if cfg.AcceptMark, cfg.AcceptMask, err = parseMark(mark); err != nil {
+				return err
+			}
+			if cfg.MetricsListen, err = parseMetricsListen(listen); err != nil {
 				return err
 			}
 			level, err := parseLogLevel(logLevel)
@@ -96,6 +101,8 @@ Stopping the daemon leaves the network running; "bpfnet cleanup" removes it.`,
 	flags.BoolVar(&strict, "strict", false, "let the Engine's containers send and receive only by the addresses of READY endpoints, from their first instruction on")
 	flags.StringVar(&cfg.StrictCgroup, "strict-cgroup", "", "cgroup2 `directory` that the Engine's containers run below (default: docker, below --cgroup); implies --strict")
 	flags.StringVar(&cfg.Relay, "relay", daemon.RelayOwn, "`whose` containers with IPv4 only the relay process publishes on IPv6 addresses: own (bpfnet's own), all (the Engine's too, where its userland proxy is off) or none")
+	flags.StringVar(&listen, "metrics-listen", "", "`address` ADDR:PORT to serve metrics for Prometheus at, besides the daemon's socket")
+	flags.IntVar(&cfg.MetricsLimit, "metrics-limit", metrics.DefaultLimit, "`number` of containers, and of published ports, that have metrics of their own; the others are summed")
 	flags.StringVar(&logLevel, "log-level", "info", "`level` of the log on standard error: debug, info, warn or error")
 	return cmd
 }
@@ -130,6 +137,17 @@ func parseBridgeIP(s string) (netip.Addr, error) {
 	}
 	if a = a.Unmap(); a == netip.IPv4Unspecified() {
 		return netip.Addr{}, nil
+	}
+	return a, nil
+}
+
+func parseMetricsListen(s string) (netip.AddrPort, error) {
+	if s == "" {
+		return netip.AddrPort{}, nil
+	}
+	a, err := netip.ParseAddrPort(s)
+	if err != nil || a.Port() == 0 {
+		return a, usagef("--metrics-listen %q: want ADDR:PORT, like 127.0.0.1:9633 or [::]:9633", s)
 	}
 	return a, nil
 }
@@ -186,6 +204,9 @@ func checkDaemon(cfg daemon.Config) error {
 	}
 	if cfg.Flows < 0 {
 		return usagef("--flows %d: want a positive number", cfg.Flows)
+	}
+	if cfg.MetricsLimit < 1 {
+		return usagef("--metrics-limit %d: want a positive number", cfg.MetricsLimit)
 	}
 	if slices.Contains(cfg.Uplinks, "") {
 		return usagef("--uplink: empty name")

@@ -34,7 +34,8 @@ var may = map[string][]string{
 	"reserve":    {"policy"},
 	"relay":      {"policy", "reserve"},
 	"embedded":   {"api", "ipam", "netdev", "policy", "reserve", "sandbox", "store"},
-	"daemon":     {"policy", "bpf", "maps", "netdev", "docker", "store", "api", "loader", "embedded", "relay"},
+	"daemon":     {"policy", "bpf", "maps", "netdev", "docker", "store", "api", "loader", "embedded", "relay", "metrics"},
+	"metrics":    {"api", "maps", "policy", "reserve"},
 	"doctor":     {"policy", "maps", "loader", "netdev", "api"},
 	"bench":      {"internal/lab", "maps"}, // a harness, not a part of the daemon
 	"bench/load": {},
@@ -45,6 +46,7 @@ var only = map[string][]string{
 	"github.com/vishvananda/netlink": {"netdev"},
 	"github.com/moby/moby":           {"docker"},
 	"go.etcd.io/bbolt":               {"store"},
+	"github.com/prometheus":          {"metrics"},
 	"github.com/cilium/ebpf":         {"bpf", "maps", "loader"},
 	"github.com/spf13/cobra":         {"cmd/bpfnet"},
 	"gonum.org/v1/plot":              {"bench"},
