@@ -27,6 +27,10 @@ build: ## make bin/bpfnet; needs only Go
 	@scripts/deps.sh build
 	go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/bpfnet ./cmd/bpfnet
 
+.PHONY: bench-build
+bench-build: build ## make bin/bpfnet-bench too, which measures; needs only Go
+	go build -trimpath -ldflags '-s -w' -o bin/bpfnet-bench ./cmd/bpfnet-bench
+
 .PHONY: run
 run: build ## build, then run the daemon in the foreground (ARGS='--docker off ...')
 	@exec bin/bpfnet daemon $(ARGS)

@@ -36,6 +36,8 @@ type Sample struct {
 	Value float64
 	// CPU is the time that all CPUs worked, in nanoseconds per unit of work. 0: not measured.
 	CPU float64
+	// More are the values of the probe's other outputs, in their order.
+	More []float64
 }
 
 // Spread is a set of samples in short.

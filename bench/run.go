@@ -6,7 +6,10 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/bpfnet/bpfnet/internal/lab"
 )
@@ -14,6 +17,8 @@ import (
 // Options narrow and lengthen a run.
 type Options struct {
 	Rounds int // of every group that does not say less itself; at least 5 where it counts
+	// Window is how long one sample of traffic takes, after its warm-up. 0: 700 ms.
+	Window time.Duration
 	// Scenarios and Modes are those to measure; empty: all.
 	Scenarios, Modes []string
 	Quick            bool
@@ -21,32 +26,95 @@ type Options struct {
 	Log              io.Writer // what labs have to say
 }
 
+// Wants reports whether a mode is to be measured.
+func (o Options) Wants(mode string) bool { return len(o.Modes) == 0 || slices.Contains(o.Modes, mode) }
+
+// WantsScenario reports whether a scenario is to be measured.
+func (o Options) WantsScenario(scenario string) bool {
+	return len(o.Scenarios) == 0 || slices.Contains(o.Scenarios, scenario)
+}
+
+// Step tells what is done now.
+func (o Options) Step(format string, args ...any) {
+	if o.Progress != nil {
+		fmt.Fprintf(o.Progress, format+"\n", args...)
+	}
+}
+
 // Probe is one thing to be measured, in a lab that stands.
 type Probe struct {
 	Key  Key
 	Unit string
 	Note string
-	// Measure takes one window. It proves that the traffic took the mode's path, and fails if not.
+	// Measure takes one window. It proves that the traffic took the mode's path, and fails if not. Where
+	// the mode cannot do it at all, it is nil, and Note says why.
 	Measure func(ctx context.Context) (Sample, error)
+	// More are other things that the same window measures. They make records of their own.
+	More []Output
 }
+
+// Output is one of several things that a window measures.
+type Output struct{ Metric, Unit string }
 
 // Group is what is measured side by side.
 type Group struct {
 	Name string
 	// Rounds, where the group cannot afford those of the run; 0: as the run.
 	Rounds int
-	// Scenarios that it has.
-	Scenarios []string
+	// Scenarios that it has, and modes; no modes: all.
+	Scenarios, Modes []string
+	// Warm has every probe measure once before the rounds begin: traffic, whose first window finds cold
+	// caches and neighbours to be resolved.
+	Warm bool
 	// Build makes the labs, which end with t, and returns the probes in the order of a round.
 	Build func(t testing.TB, o Options) []Probe
+}
+
+// wanted reports whether anything of the group is to be measured.
+func (g Group) wanted(o Options) bool {
+	return slices.ContainsFunc(g.Scenarios, o.WantsScenario) && (len(g.Modes) == 0 || slices.ContainsFunc(g.Modes, o.Wants))
+}
+
+// Check names the first scenario or mode of the options that no group has.
+func (o Options) Check(groups []Group) error {
+	var scenarios []string
+	for _, g := range groups {
+		scenarios = append(scenarios, g.Scenarios...)
+	}
+	for _, s := range o.Scenarios {
+		if !slices.Contains(scenarios, s) {
+			return fmt.Errorf("unknown scenario %q: want some of %s", s, strings.Join(scenarios, ", "))
+		}
+	}
+	for _, m := range o.Modes {
+		if !slices.Contains(Modes, m) {
+			return fmt.Errorf("unknown mode %q: want some of %s", m, strings.Join(Modes, ", "))
+		}
+	}
+	if !slices.ContainsFunc(groups, func(g Group) bool { return g.wanted(o) }) {
+		return fmt.Errorf("none of the scenarios %s has any of the modes %s",
+			strings.Join(o.Scenarios, ", "), strings.Join(o.Modes, ", "))
+	}
+	return nil
 }
 
 // Run measures the groups one after another and calls done with each record. It ends with ctx, and
 // with the first probe that fails.
 func Run(ctx context.Context, s *lab.Session, groups []Group, o Options, done func(Record) error) error {
+	var wanted []Group
 	for _, g := range groups {
+		if g.wanted(o) {
+			wanted = append(wanted, g)
+		}
+	}
+	run := progress{groups: len(wanted), start: time.Now(), now: time.Now}
+	for i, g := range wanted {
+		run.group, run.steps, run.taken = i, 0, 0
 		var err error
-		failed := s.Do(ctx, o.Log, func(t testing.TB) { err = runGroup(ctx, t, g, o, done) })
+		failed := s.Do(ctx, o.Log, func(t testing.TB) { err = runGroup(ctx, t, g, o, &run, done) })
+		if ctx.Err() != nil {
+			return context.Cause(ctx) // whatever else went wrong is of it
+		}
 		if err == nil {
 			err = failed
 		}
@@ -57,32 +125,68 @@ func Run(ctx context.Context, s *lab.Session, groups []Group, o Options, done fu
 	return nil
 }
 
-func runGroup(ctx context.Context, t testing.TB, g Group, o Options, done func(Record) error) error {
+func runGroup(ctx context.Context, t testing.TB, g Group, o Options, run *progress, done func(Record) error) error {
 	rounds := o.Rounds
 	if g.Rounds != 0 {
 		rounds = min(rounds, g.Rounds)
 	}
-	probes := g.Build(t, o)
+	inner := o
+	inner.Progress = writer(func(line []byte) (int, error) {
+		o.Step("%s %s", run, strings.TrimSpace(string(line)))
+		return len(line), nil
+	})
+	probes := g.Build(t, inner)
+	for i, p := range probes { // whoever does not narrow its probes itself
+		if !o.Wants(p.Key.Mode) || !o.WantsScenario(p.Key.Scenario) {
+			probes[i].Key = Key{}
+		}
+	}
+	probes = slices.DeleteFunc(probes, func(p Probe) bool { return p.Key == Key{} })
 	samples := make([][]Sample, len(probes))
-	for round := range rounds {
+	first := 0
+	if g.Warm {
+		first = -1
+	}
+	run.begin((rounds - first) * len(probes))
+	for round := first; round < rounds; round++ {
 		for i, p := range probes {
-			fmt.Fprintf(o.Progress, "%s: round %d of %d: %s\n", g.Name, round+1, rounds, p.Key)
+			title := fmt.Sprintf("round %d of %d", round+1, rounds)
+			if round < 0 {
+				title = "warm up"
+			}
+			o.Step("%s %s: %s", run, title, p.Key)
+			if p.Measure == nil {
+				run.step()
+				continue
+			}
 			s, err := p.Measure(ctx)
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
 			if err != nil {
 				return fmt.Errorf("%s: %w", p.Key, err)
 			}
-			samples[i] = append(samples[i], s)
+			if len(s.More) != len(p.More) {
+				return fmt.Errorf("%s: %d more values, want %d", p.Key, len(s.More), len(p.More))
+			}
+			if round >= 0 {
+				samples[i] = append(samples[i], s)
+			}
+			run.step()
 		}
 	}
 	for i, p := range probes {
-		if err := done(record(g, p, samples[i])); err != nil {
-			return err
+		for _, r := range records(g, p, samples[i]) {
+			if err := done(r); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
 }
 
-func record(g Group, p Probe, samples []Sample) Record {
+// records are those of a probe: one, and one for each of its other outputs.
+func records(g Group, p Probe, samples []Sample) []Record {
 	r := Record{Key: p.Key, Group: g.Name, Unit: p.Unit, Note: p.Note, N: len(samples)}
 	var cpu []float64
 	for _, s := range samples {
@@ -91,12 +195,25 @@ func record(g Group, p Probe, samples []Sample) Record {
 			cpu = append(cpu, s.CPU)
 		}
 	}
-	r.Spread = SpreadOf(r.Samples)
 	if len(cpu) > 0 {
 		c := SpreadOf(cpu)
 		r.CPU = &c
 	}
-	return r
+	all := []Record{r}
+	for i, out := range p.More {
+		more := r
+		more.Metric, more.Unit, more.Samples, more.CPU = out.Metric, out.Unit, nil, nil
+		for _, s := range samples {
+			more.Samples = append(more.Samples, s.More[i])
+		}
+		all = append(all, more)
+	}
+	if len(samples) > 0 {
+		for i := range all {
+			all[i].Spread = SpreadOf(all[i].Samples)
+		}
+	}
+	return all
 }
 
 // String is the key in words: "published v4 rr, bpfnet".
@@ -110,3 +227,7 @@ func (k Key) String() string {
 	}
 	return s + " " + k.Metric + ", " + k.Mode
 }
+
+type writer func([]byte) (int, error)
+
+func (w writer) Write(b []byte) (int, error) { return w(b) }

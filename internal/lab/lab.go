@@ -48,6 +48,9 @@ type Opts struct {
 	// BridgeNetfilter lets bridged packets pass the host's iptables rules, as on
 	// machines that have br_netfilter loaded. The FORWARD policy then drops them.
 	BridgeNetfilter bool
+	// Plain is a host without any netfilter rule of the lab's own: no FORWARD policy, no connection
+	// tracking, no counters. For measurements, in which each of those would cost something.
+	Plain bool
 	// Sysctls of the host's namespace, set last.
 	Sysctls map[string]string
 }
@@ -89,7 +92,9 @@ func New(t testing.TB, opts Opts) *Lab {
 	l.makeDirs(t)
 	l.makeCgroup(t)
 	l.makeTopology(t)
-	l.makeNetfilter(t)
+	if !opts.Plain {
+		l.makeNetfilter(t)
+	}
 
 	bridged := "0"
 	if opts.BridgeNetfilter {

@@ -126,8 +126,10 @@ func (n *NS) argv(name string, args []string) []string {
 
 func (n *NS) prepare(cmd *exec.Cmd) *exec.Cmd {
 	cmd.WaitDelay = 2 * time.Second // a grandchild that keeps the output open must not block Wait
+	// A command's interrupt from the terminal is for the command alone: it takes the lab down in order.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: given != Programs{}}
 	if n.cgroup != nil {
-		cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(n.cgroup.Fd())}
+		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(n.cgroup.Fd())
 	}
 	return cmd
 }

@@ -17,6 +17,8 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+
+	"github.com/bpfnet/bpfnet/bench/load"
 )
 
 var commands = map[string]struct {
@@ -37,6 +39,9 @@ var commands = map[string]struct {
 }
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == "worker" { // the ends of measured traffic, as bpfnet-bench has them
+		os.Exit(load.Main(os.Args[2:]))
+	}
 	if len(os.Args) < 2 || commands[os.Args[1]].run == nil {
 		fmt.Fprintln(os.Stderr, "usage: labtool COMMAND [flags]; -h behind a command lists its flags")
 		for name, c := range commands {

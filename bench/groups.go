@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bench
+
+// Groups are all that there are, in the order of a run.
+func Groups() []Group {
+	var all []Group
+	for _, scenario := range trafficScenarios {
+		all = append(all, trafficGroup(scenario))
+	}
+	return all
+}

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bench
+
+import (
+	"fmt"
+	"os"
+	"runtime"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+)
+
+// WorkCPU is where both ends of all traffic run. Everything else keeps to the other CPUs.
+func WorkCPU() int { return runtime.NumCPU() - 1 }
+
+// Retire keeps the calling process, and all that it starts from now on, off the working CPU. With one
+// CPU there is no other.
+func Retire() error {
+	if WorkCPU() == 0 {
+		return nil
+	}
+	var others unix.CPUSet
+	for cpu := range WorkCPU() {
+		others.Set(cpu)
+	}
+	// Threads inherit from those that start them: twice is enough for one that came in between.
+	for range 2 {
+		threads, err := os.ReadDir("/proc/self/task")
+		if err != nil {
+			return err
+		}
+		for _, thread := range threads {
+			id, err := strconv.Atoi(thread.Name())
+			if err != nil {
+				return err
+			}
+			if err := unix.SchedSetaffinity(id, &others); err != nil && err != unix.ESRCH {
+				return fmt.Errorf("pin the harness: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+// Pinning says what runs where.
+func Pinning() string {
+	return fmt.Sprintf("client and server, all iperf3 included: CPU %d; harness, engines, daemons, docker-proxy: the other %d. "+
+		"Both ends are started by the harness and enter the namespaces and cgroups of containers and hosts: no seccomp profile, in no mode",
+		WorkCPU(), WorkCPU())
+}
