@@ -3,6 +3,7 @@
 package load
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -12,7 +13,7 @@ import (
 )
 
 // grace is how long a client may take beyond what it was to measure.
-const grace = 3 * time.Second
+const grace = 2 * time.Second
 
 // closed is the error of a server that ends a connection too early.
 func closed(err unix.Errno) error {
@@ -22,7 +23,7 @@ func closed(err unix.Errno) error {
 	return io.ErrUnexpectedEOF
 }
 
-// run is what a client does in a while: exchanges until a time, and how many.
+// loop is what a client does in a while: exchanges until a time, and how many.
 type loop func(until int64) (units uint64, err error)
 
 // measure lets f warm up and then takes a window of it.
@@ -102,4 +103,100 @@ func crr(d *dialer) loop {
 			}
 		}
 	}
+}
+
+// datagrams is datagrams of a size, sent as fast as they go. Units are those that the server has counted,
+// and the window lasts until it has said so.
+type datagrams struct {
+	fd    int
+	to    string
+	b     []byte
+	query uint64 // the last
+}
+
+// send sends until a time.
+func (d *datagrams) send(until int64) (sent uint64, err error) {
+	d.b[0] = count
+	for {
+		for range 16 {
+			// A full queue of a device is a loss like any other.
+			if _, err := write(d.fd, &d.b[0], uintptr(len(d.b))); err != 0 && err != unix.ENOBUFS {
+				return sent, fmt.Errorf("send to %s: %w", d.to, err)
+			}
+			sent++
+		}
+		if now() >= until {
+			return sent, nil
+		}
+	}
+}
+
+// counted asks the server how many have come. The question follows what was sent before, so that
+// nothing of that is still under way when it is answered.
+func (d *datagrams) counted() (uint64, error) {
+	d.query++
+	var q, a [totalSize]byte
+	q[0] = total
+	binary.BigEndian.PutUint64(q[1:], d.query)
+	for range 10 { // of either, some may be lost
+		if _, err := write(d.fd, &q[0], querySize); err != 0 && err != unix.ENOBUFS {
+			return 0, fmt.Errorf("send to %s: %w", d.to, err)
+		}
+		for {
+			n, err := read(d.fd, &a[0], totalSize)
+			if err == unix.EAGAIN {
+				break
+			}
+			if err != 0 {
+				return 0, fmt.Errorf("receive from %s: %w", d.to, err)
+			}
+			if n == totalSize && [querySize]byte(a[:]) == [querySize]byte(q[:]) {
+				return binary.BigEndian.Uint64(a[querySize:]), nil
+			}
+		}
+	}
+	return 0, fmt.Errorf("%s does not answer how many datagrams came", d.to)
+}
+
+// measureDatagrams is measure for datagrams.
+func measureDatagrams(d *datagrams, warmup, window time.Duration) (Result, error) {
+	var r Result
+	timeout := unix.NsecToTimeval(int64(200 * time.Millisecond))
+	if err := unix.SetsockoptTimeval(d.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout); err != nil {
+		return r, fmt.Errorf("set a timeout: %w", err)
+	}
+	if _, err := d.counted(); err != nil { // is there a server?
+		return r, err
+	}
+	if warmup > 0 {
+		if _, err := d.send(now() + int64(warmup)); err != nil {
+			return r, err
+		}
+	}
+	before, err := d.counted()
+	if err != nil {
+		return r, err
+	}
+	idle0, err := idle()
+	if err != nil {
+		return r, err
+	}
+	start := now()
+	if r.Sent, err = d.send(start + int64(window)); err != nil {
+		return r, err
+	}
+	r.SendRate = float64(r.Sent) / time.Duration(now()-start).Seconds()
+	after, err := d.counted()
+	if err != nil {
+		return r, err
+	}
+	took := time.Duration(now() - start)
+	idle1, err := idle()
+	if err != nil {
+		return r, err
+	}
+	r.Units = after - before
+	r.Loss = 1 - float64(r.Units)/float64(r.Sent)
+	r.take(took, idle1-idle0)
+	return r, nil
 }

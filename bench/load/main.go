@@ -16,7 +16,7 @@ import (
 )
 
 const usage = `usage: bpfnet-bench worker serve --addr HOST:PORT [flags]
-       bpfnet-bench worker rr|crr --to HOST:PORT [flags]
+       bpfnet-bench worker rr|crr|latency|udp|stream --to HOST:PORT [flags]
 -h behind a command lists its flags
 `
 
@@ -31,7 +31,9 @@ func Main(args []string) int {
 	switch args[0] {
 	case "serve":
 		err = serverMain(args[1:])
-	case RR, CRR:
+	case Stream:
+		err = streamMain(args[1:])
+	case RR, CRR, Latency, UDP:
 		err = clientMain(args[0], args[1:])
 	default:
 		fmt.Fprintf(os.Stderr, "bpfnet-bench worker: no command %q\n%s", args[0], usage)
@@ -83,13 +85,28 @@ func clientMain(kind string, args []string) error {
 	f := flag.NewFlagSet(kind, flag.ContinueOnError)
 	to := f.String("to", "", "`HOST:PORT` of the server")
 	proto := f.String("proto", "tcp", "tcp or udp")
+	var o options
+	if kind == UDP {
+		f.IntVar(&o.size, "size", 64, "bytes of a datagram")
+	}
+	if kind == Latency {
+		f.Float64Var(&o.rate, "rate", 0, "exchanges offered a second; 0: the next one when the last is over")
+	}
 	from := f.String("bind", "", "source `address`")
 	device := f.String("device", "", "`interface` to send from")
 	cpu := f.Int("cpu", -1, "CPU to run on; -1: any")
-	warmup := f.Duration("warmup", 200*time.Millisecond, "what is not measured first")
-	window := f.Duration("window", 700*time.Millisecond, "what is measured")
+	f.DurationVar(&o.warmup, "warmup", defaultWarmup, "what is not measured first")
+	f.DurationVar(&o.window, "window", defaultWindow, "what is measured")
 	if err := parse(f, args); err != nil {
 		return err
+	}
+	switch {
+	case o.warmup < 0 || o.window <= 0:
+		return fmt.Errorf("--warmup %v --window %v: want a window, and no less than no warm-up", o.warmup, o.window)
+	case kind == UDP && (o.size < 1 || o.size > maxDatagram):
+		return fmt.Errorf("--size %d: want 1 to %d", o.size, maxDatagram)
+	case o.rate < 0 || o.rate > 1e9:
+		return fmt.Errorf("--rate %g: want 0 to 1e9", o.rate)
 	}
 	server, err := netip.ParseAddrPort(*to)
 	if err != nil {
@@ -103,7 +120,7 @@ func clientMain(kind string, args []string) error {
 	}
 	socketKind := unix.SOCK_STREAM
 	switch {
-	case *proto == "udp" && kind != CRR:
+	case kind == UDP, *proto == "udp" && kind != CRR:
 		socketKind = unix.SOCK_DGRAM
 	case *proto != "tcp":
 		return fmt.Errorf("--proto %q: %s does not have that", *proto, kind)
@@ -120,19 +137,19 @@ func clientMain(kind string, args []string) error {
 	}
 	done := make(chan outcome, 1)
 	go func() { // this goroutine's thread ends with it
-		var o outcome
-		if o.err = pin(*cpu); o.err == nil {
-			o.Result, o.err = client(kind, d, *warmup, *window, &connected)
+		var r outcome
+		if r.err = pin(*cpu); r.err == nil {
+			r.Result, r.err = client(kind, d, o, &connected)
 		}
-		done <- o
+		done <- r
 	}()
 	select {
-	case o := <-done:
-		if o.err != nil {
-			return o.err
+	case r := <-done:
+		if r.err != nil {
+			return r.err
 		}
-		return json.NewEncoder(os.Stdout).Encode(o.Result)
-	case <-time.After(*warmup + *window + grace):
+		return json.NewEncoder(os.Stdout).Encode(r.Result)
+	case <-time.After(o.warmup + o.window + grace):
 		if !connected.Load() {
 			return fmt.Errorf("connect to %s: no answer within %v", d.name, grace)
 		}
@@ -140,7 +157,14 @@ func clientMain(kind string, args []string) error {
 	}
 }
 
-func client(kind string, d *dialer, warmup, window time.Duration, connected *atomic.Bool) (Result, error) {
+// options are those of a client beyond its socket.
+type options struct {
+	warmup, window time.Duration
+	size           int
+	rate           float64
+}
+
+func client(kind string, d *dialer, o options, connected *atomic.Bool) (Result, error) {
 	fd, err := d.dial() // also where a refused port shows
 	if err != nil {
 		return Result{}, err
@@ -148,8 +172,23 @@ func client(kind string, d *dialer, warmup, window time.Duration, connected *ato
 	connected.Store(true)
 	if kind == CRR {
 		closeFD(fd)
-		return measure(crr(d), warmup, window)
+		return measure(crr(d), o.warmup, o.window)
 	}
 	defer closeFD(fd)
-	return measure(rr(fd, d.name), warmup, window)
+	switch kind {
+	case UDP:
+		return measureDatagrams(&datagrams{fd: fd, to: d.name, b: make([]byte, o.size)}, o.warmup, o.window)
+	case Latency:
+		h := newHistogram()
+		if o.warmup > 0 {
+			if _, err := latency(fd, d.name, o.rate, h)(now() + int64(o.warmup)); err != nil {
+				return Result{}, err
+			}
+			h.Reset()
+		}
+		r, err := measure(latency(fd, d.name, o.rate, h), 0, o.window)
+		r.Offered, r.Latency = o.rate, percentiles(h)
+		return r, err
+	}
+	return measure(rr(fd, d.name), o.warmup, o.window)
 }

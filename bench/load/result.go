@@ -12,16 +12,43 @@ import (
 
 // Kinds of clients.
 const (
-	RR  = "rr"
-	CRR = "crr"
+	RR      = "rr"
+	CRR     = "crr"
+	Latency = "latency"
+	UDP     = "udp"
+	Stream  = "stream" // of iperf3, which must be in PATH; its server is another: see [StreamServerArgs]
 )
+
+const defaultWarmup, defaultWindow = 200 * time.Millisecond, 700 * time.Millisecond
 
 // Result is what one window gave.
 type Result struct {
-	Units   uint64  `json:"units"` // exchanges or connections; of udp, datagrams that arrived
+	Units   uint64  `json:"units"` // exchanges or connections; of udp, datagrams that arrived; of stream, bits
 	Seconds float64 `json:"seconds"`
 	Rate    float64 `json:"rate"`   // units a second
 	CPUNs   int64   `json:"cpu_ns"` // that all CPUs of the machine worked meanwhile, whatever at
+
+	// Of udp.
+	Sent     uint64  `json:"sent,omitempty"`
+	SendRate float64 `json:"send_rate,omitempty"` // a second
+	Loss     float64 `json:"loss,omitempty"`      // of what was sent, 0 to 1
+
+	// Of latency.
+	Offered float64      `json:"offered,omitempty"` // exchanges a second; 0: closed loop
+	Latency *Percentiles `json:"latency,omitempty"`
+
+	// Of stream.
+	Retransmits uint64 `json:"retransmits,omitempty"` // in the whole run
+	Congestion  string `json:"congestion,omitempty"`  // algorithm of the sender
+}
+
+// Percentiles are times in nanoseconds.
+type Percentiles struct {
+	P50  int64 `json:"p50"`
+	P90  int64 `json:"p90"`
+	P99  int64 `json:"p99"`
+	P999 int64 `json:"p99.9"`
+	Max  int64 `json:"max"`
 }
 
 // CPU is the nanoseconds that the machine worked for each unit.
@@ -48,10 +75,14 @@ func Parse(out []byte) (Result, error) {
 
 // Client says what a client is to do, for [Main].
 type Client struct {
-	Kind   string        // RR, CRR
+	Kind   string        // RR, CRR, Latency, UDP, Stream
 	To     string        // HOST:PORT of a server
-	UDP    bool          // of RR
+	Proto  string        // of RR and Latency: "tcp", "udp"; empty: tcp
 	Bind   string        // source address; empty: the kernel's choice
+	Device string        // interface to send from; empty: the kernel's choice
+	Size   int           // of UDP: bytes of a datagram; 0: 64
+	Rate   float64       // of Latency: exchanges offered a second; 0: closed loop
+	Flows  int           // of Stream; 0: one
 	CPU    int           // to run on; negative: any
 	Warmup time.Duration // 0: 200 ms
 	Window time.Duration // 0: 700 ms
@@ -60,22 +91,23 @@ type Client struct {
 // Args are the arguments of bpfnet-bench.
 func (c Client) Args() []string {
 	args := []string{"worker", c.Kind, "--to", c.To, "--cpu", strconv.Itoa(c.CPU)}
-	if c.UDP {
-		args = append(args, "--proto", "udp")
+	add := func(flag, value string, given bool) {
+		if given {
+			args = append(args, flag, value)
+		}
 	}
-	if c.Bind != "" {
-		args = append(args, "--bind", c.Bind)
-	}
-	if c.Warmup > 0 {
-		args = append(args, "--warmup", c.Warmup.String())
-	}
-	if c.Window > 0 {
-		args = append(args, "--window", c.Window.String())
-	}
+	add("--proto", c.Proto, c.Proto != "")
+	add("--bind", c.Bind, c.Bind != "")
+	add("--device", c.Device, c.Device != "")
+	add("--size", strconv.Itoa(c.Size), c.Size != 0)
+	add("--rate", strconv.FormatFloat(c.Rate, 'f', -1, 64), c.Rate != 0)
+	add("--flows", strconv.Itoa(c.Flows), c.Flows != 0)
+	add("--warmup", c.Warmup.String(), c.Warmup != 0)
+	add("--window", c.Window.String(), c.Window != 0)
 	return args
 }
 
-// ServerArgs are the arguments of bpfnet-bench for a server of all kinds of clients.
+// ServerArgs are the arguments of bpfnet-bench for a server of all kinds of clients but Stream.
 func ServerArgs(addr string, cpu int) []string {
 	return []string{"worker", "serve", "--addr", addr, "--cpu", strconv.Itoa(cpu)}
 }

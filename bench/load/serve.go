@@ -24,7 +24,10 @@ const (
 	total = 't' // a datagram with a number of 8 bytes: answer it, and behind it how many were counted
 )
 
-const querySize, totalSize = 9, 17
+const (
+	querySize, totalSize = 9, 17
+	maxDatagram          = 1400 // what fits into a packet of any path
+)
 
 // receiveBuffer is that of a UDP server: what one sender sends while the server, on the same CPU, waits
 // for its turn must fit, or the loss is the scheduler's and not the path's.
@@ -165,7 +168,7 @@ func (s *server) datagrams(fd int) error {
 		setInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, receiveBuffer) // as much as rmem_max lets it have
 	}
 	var (
-		b       [2048]byte
+		b       [maxDatagram]byte
 		from    [unix.SizeofSockaddrInet6]byte
 		fromLen uint32
 		counted uint64

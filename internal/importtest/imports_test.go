@@ -50,6 +50,7 @@ var only = map[string][]string{
 	"github.com/cilium/ebpf":         {"bpf", "maps", "loader"},
 	"github.com/spf13/cobra":         {"cmd/bpfnet"},
 	"gonum.org/v1/plot":              {"bench"},
+	"github.com/HdrHistogram":        {"bench/load"},
 }
 
 // testOnly are packages of others that only tests and internal/ may import.
