@@ -78,6 +78,27 @@ conformance: need-root ## compare with Docker's own data path in every cell, wri
 	@scripts/deps.sh build test
 	@go run ./internal/conformance/cmd
 
+.PHONY: bench
+bench: need-root ## measure everything, write docs/performance.md and its plots (root, up to 90 minutes)
+	@scripts/deps.sh build test
+	@$(MAKE) --no-print-directory bench-build
+	@bin/bpfnet-bench -o bin/full.jsonl
+	@$(MAKE) --no-print-directory performance RESULT=bin/full.jsonl
+
+.PHONY: bench-quick
+bench-quick: need-root ## measure the traffic that most ask for, and quote the rest from the full result (root, five minutes)
+	@scripts/deps.sh build test
+	@$(MAKE) --no-print-directory bench-build
+	@bin/bpfnet-bench --quick -o bin/quick.jsonl $(addprefix --quote ,$(wildcard $(FULL)))
+
+FULL := docs/performance/full.jsonl
+RESULT = $(FULL)
+
+.PHONY: performance
+performance: ## write docs/performance.md and its plots from the committed result, or from RESULT=FILE
+	@[ -e $(RESULT) ] || { echo "performance: no $(RESULT): make bench measures; or say RESULT=FILE" >&2; exit 1; }
+	@go run ./cmd/bpfnet-bench page $(RESULT) docs
+
 .PHONY: clean
 clean: ## remove what build made
 	rm -rf bin

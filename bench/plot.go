@@ -26,6 +26,8 @@ var (
 		DockerProxy:    {0xe6, 0x9f, 0x00, 0xff},
 		NFTables:       {0x00, 0x9e, 0x73, 0xff},
 		Bpfnet:         {0x00, 0x72, 0xb2, 0xff},
+		Engine:         {0x77, 0x77, 0x77, 0xff},
+		Sandboxes:      {0x56, 0xb4, 0xe9, 0xff},
 	}
 	modeMark = map[string]draw.GlyphDrawer{
 		Host:           draw.CrossGlyph{},
@@ -34,6 +36,8 @@ var (
 		DockerProxy:    draw.PyramidGlyph{},
 		NFTables:       draw.RingGlyph{},
 		Bpfnet:         draw.CircleGlyph{},
+		Engine:         draw.CrossGlyph{},
+		Sandboxes:      draw.RingGlyph{},
 	}
 )
 
@@ -210,7 +214,7 @@ func (r Report) barPlot(metric string) (*plot.Plot, error) {
 	p.Y.Max = 1.2
 	var names []string
 	share := make(map[string]plotter.Values)
-	for _, scenario := range scenarioOrder {
+	for _, scenario := range scenarioOrder[:5] { // those of traffic
 		limit, ok := r.find(Key{Scenario: scenario, Mode: limitOf[scenario], Family: 4, Metric: metric})
 		if !ok {
 			continue

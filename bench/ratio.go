@@ -15,6 +15,9 @@ var limitOf = map[string]string{
 	"published":           Host,
 	"egress":              Host,
 	"host-published":      Host,
+	"run-ports":           Engine,
+	"churn":               Engine,
+	"host-only":           Host,
 }
 
 // lowerIsBetter says so of times and sizes; of rates, more is better.

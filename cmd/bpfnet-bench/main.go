@@ -14,5 +14,8 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == "worker" {
 		os.Exit(load.Main(os.Args[2:]))
 	}
+	if len(os.Args) > 1 && readers[os.Args[1]].run != nil {
+		os.Exit(read(os.Args[1], os.Args[2:], os.Stdout, os.Stderr))
+	}
 	os.Exit(run(os.Args[1:]))
 }

@@ -42,6 +42,7 @@ type command struct {
 	options bench.Options
 	output  string // of JSON lines; empty: none
 	bpfnet  string // the binary under test
+	quote   string // an earlier result; empty: none
 }
 
 // run is the command line but for workers. It returns the exit status.
@@ -95,9 +96,10 @@ func parse(args []string) (command, error) {
 	f.BoolVar(&o.Quick, "quick", false, "five minutes: the traffic that the targets speak of, and host-only traffic")
 	f.StringVar(&c.output, "o", "", "`file` for the results, as JSON lines")
 	f.StringVar(&c.bpfnet, "bpfnet", "", "`path` of the bpfnet to measure; default: beside bpfnet-bench, else in PATH")
+	f.StringVar(&c.quote, "quote", "", "an earlier `result` to quote in the table of targets where this one has nothing")
 	if err := f.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
-			fmt.Print("usage: bpfnet-bench [flags]\n\nMeasures bpfnet's data path and those that it replaces, in labs of its own. Needs root.\n\n")
+			fmt.Printf("usage: bpfnet-bench [flags]\n%s\nMeasures bpfnet's data path and those that it replaces, in labs of its own. Needs root.\n\n", readerUsages())
 			f.SetOutput(os.Stdout)
 			f.PrintDefaults()
 		}
@@ -115,6 +117,11 @@ func parse(args []string) (command, error) {
 		return c, fmt.Errorf("--rounds %d: want at least 1", o.Rounds)
 	case o.Window <= 0:
 		return c, fmt.Errorf("--window %v: want a time above 0", o.Window)
+	}
+	if c.quote != "" { // before half an hour of measuring
+		if _, err := bench.ReadFile(c.quote); err != nil {
+			return c, fmt.Errorf("--quote: %w", err)
+		}
 	}
 	return c, o.Check(bench.Groups())
 }
@@ -182,7 +189,7 @@ func (c command) run(ctx context.Context) (err error) {
 		_, _ = log.WriteTo(os.Stderr)
 	}
 	if len(report.Records) > 0 {
-		err = errors.Join(err, bench.WriteTable(os.Stdout, report))
+		err = errors.Join(err, summary(os.Stdout, report, c.quote))
 	}
 	return err
 }
