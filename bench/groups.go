@@ -8,5 +8,7 @@ func Groups() []Group {
 	for _, scenario := range trafficScenarios {
 		all = append(all, trafficGroup(scenario))
 	}
+	all = append(all, portsGroup(), networksGroup(), endpointsGroup(), flowsGroup())
+	all = append(all, hostOnlyGroup(), memoryGroup())
 	return all
 }
