@@ -70,13 +70,13 @@ func (p path) counters() (counters, error) {
 	if err := p.lab.Host.Do(func() error { return c.conntrack() }); err != nil {
 		return nil, err
 	}
-	if p.mode == DockerIPTables || p.mode == DockerProxy {
-		if err := c.proxies(p.lab.Host.Path); err != nil {
-			return nil, err
-		}
-		return c, c.iptables(ctx, p)
+	if err := c.proxies(p.lab.Host.Path); err != nil {
+		return nil, err
 	}
-	return c, nil
+	if p.mode == NFTables {
+		return c, c.nft(ctx, p)
+	}
+	return c, c.iptables(ctx, p)
 }
 
 // prove fails unless the counters have moved as they do when traffic takes the mode's path.
@@ -120,7 +120,7 @@ func (p path) claims(m moved) []claim {
 			return append(claims, atLeast(judged, m.packets))
 		}
 		return append(claims, atLeast(redirected, m.packets), atMost(toStack, strays(m)))
-	case DockerIPTables, DockerProxy:
+	case DockerIPTables, DockerProxy, NFTables:
 		if p.mode == DockerProxy && proxied {
 			return []claim{atLeast(proxyCPU, 1)}
 		}

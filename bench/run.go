@@ -21,7 +21,7 @@ type Options struct {
 	Window time.Duration
 	// Scenarios and Modes are those to measure; empty: all.
 	Scenarios, Modes []string
-	Quick            bool
+	Quick            bool      // measure what the targets speak of
 	Progress         io.Writer // a line a step
 	Log              io.Writer // what labs have to say
 }
@@ -66,12 +66,17 @@ type Group struct {
 	// Warm has every probe measure once before the rounds begin: traffic, whose first window finds cold
 	// caches and neighbours to be resolved.
 	Warm bool
+	// Quick groups are what a quick run consists of. It measures others only where their scenarios are named.
+	Quick bool
 	// Build makes the labs, which end with t, and returns the probes in the order of a round.
 	Build func(t testing.TB, o Options) []Probe
 }
 
 // wanted reports whether anything of the group is to be measured.
 func (g Group) wanted(o Options) bool {
+	if o.Quick && !g.Quick && len(o.Scenarios) == 0 {
+		return false
+	}
 	return slices.ContainsFunc(g.Scenarios, o.WantsScenario) && (len(g.Modes) == 0 || slices.ContainsFunc(g.Modes, o.Wants))
 }
 

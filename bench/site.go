@@ -6,6 +6,8 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"os"
+	"slices"
 	"strconv"
 	"testing"
 	"time"
@@ -15,10 +17,10 @@ import (
 )
 
 // The published ports, the same inside and outside: the generator's, TCP and UDP, and one for each
-// iperf3 server, which serves one client at a time.
+// iperf3 server, of which each family has its own.
 const (
 	loadPort   = 8000
-	streamPort = 8001
+	streamPort = 8001 // of IPv4; IPv6 has the next
 )
 
 // The prefix of the default bridge's IPv6 addresses. IPv4 is the Engine's own choice.
@@ -44,14 +46,16 @@ type site struct {
 	// The containers. In mode loopback they are one and the same, in mode host there is none.
 	client, server *lab.NS
 	addrs          map[int]netip.Addr // of the server, by family
+	clientAddrs    map[int]netip.Addr // of the client
 
 	servers map[string]bool // that run, by namespace and family
+	delay   time.Duration   // before each answer of a server: to be a slow path
 }
 
 // newSite builds the lab of a mode.
 func newSite(t testing.TB, mode string) *site {
 	t.Helper()
-	s := &site{mode: mode, addrs: map[int]netip.Addr{}, servers: map[string]bool{}}
+	s := &site{mode: mode, addrs: map[int]netip.Addr{}, clientAddrs: map[int]netip.Addr{}, servers: map[string]bool{}}
 	// Engines load br_netfilter, and bridged packets then pass iptables rules where there are any.
 	s.lab = lab.New(t, lab.Opts{Plain: true, BridgeNetfilter: true})
 	for _, n := range []*lab.NS{s.lab.Client, s.lab.Host, s.lab.Client2} {
@@ -75,21 +79,43 @@ func newSite(t testing.TB, mode string) *site {
 	if mode == Bpfnet {
 		s.bpfnet = s.lab.StartBpfnet(t, s.docker)
 	}
-	ports := fmt.Sprintf("%d-%d:%d-%d", loadPort, streamPort, loadPort, streamPort)
+	ports := fmt.Sprintf("%d-%d:%d-%d", loadPort, streamPort+1, loadPort, streamPort+1)
 	s.docker.MustRun(t, "run", "-d", "--name", "server", "-p", ports, "-p", ports+"/udp", lab.Image, "sleep", "1000000")
 	s.docker.MustRun(t, "run", "-d", "--name", "client", lab.Image, "sleep", "1000000")
 	s.server, s.client = s.docker.NS(t, "server"), s.docker.NS(t, "client")
-	ready(t, s.server)
-	ready(t, s.client)
+	for _, n := range []*lab.NS{s.server, s.client, s.lab.Host} {
+		ready(t, n)
+	}
 	s.addrs[4], s.addrs[6] = s.docker.Addrs(t, "server", "bridge")
+	s.clientAddrs[4], s.clientAddrs[6] = s.docker.Addrs(t, "client", "bridge")
+	if mode == NFTables {
+		s.loadNFT(t)
+	}
 	return s
 }
 
-// ready makes a namespace one that generators can work in.
+// ready makes a namespace one that generators can work in, and in which two windows meet the same:
+// neighbours that stay known, where it would else be chance whether a window meets one that is being
+// asked again, at 7 % of rr; and a congestion control without timers, which would be all that a stream
+// measures.
 func ready(t testing.TB, n *lab.NS) {
 	t.Helper()
 	for _, sysctl := range load.Sysctls {
 		n.Sysctl(t, sysctl[0], sysctl[1])
+	}
+	n.Sysctl(t, "net.ipv4.tcp_congestion_control", "reno")
+	for _, family := range []string{"ipv4", "ipv6"} {
+		var devices []os.DirEntry
+		err := n.Do(func() (err error) {
+			devices, err = os.ReadDir("/proc/sys/net/" + family + "/neigh")
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range devices {
+			n.Sysctl(t, "net."+family+".neigh."+d.Name()+".base_reachable_time_ms", "3600000")
+		}
 	}
 }
 
@@ -102,7 +128,7 @@ type path struct {
 	to       netip.Addr
 }
 
-func (p path) target(port int) string { return netip.AddrPortFrom(p.to, uint16(port)).String() }
+func (p path) target(port uint16) string { return netip.AddrPortFrom(p.to, port).String() }
 
 // path is how a scenario's traffic goes at this site. The limits, host and loopback, have the same ends
 // as far as there is nobody in between.
@@ -141,18 +167,30 @@ func (s *site) path(scenario string, family int) path {
 // serve starts the servers of a path, once in a namespace.
 func (p path) serve(t testing.TB) {
 	t.Helper()
-	any := "0.0.0.0"
+	anyone := netip.IPv4Unspecified()
 	if p.family == 6 {
-		any = "[::]"
+		anyone = netip.IPv6Unspecified()
 	}
 	name := fmt.Sprintf("%s %d", p.at.Path, p.family)
 	if p.servers[name] {
 		return
 	}
 	p.servers[name] = true
-	cpu := strconv.Itoa(WorkCPU())
-	p.at.Start(t, "taskset", append([]string{"-c", cpu, p.lab.Tool},
-		load.ServerArgs(fmt.Sprintf("%s:%d", any, loadPort), WorkCPU())...)...).WaitOutput(t, "ready")
+	pinned := []string{"-c", strconv.Itoa(WorkCPU())}
+	generator := load.ServerArgs(netip.AddrPortFrom(anyone, loadPort).String(), WorkCPU())
+	if p.delay > 0 {
+		generator = append(generator, "--delay", p.delay.String())
+	}
+	p.at.Start(t, "taskset", slices.Concat(pinned, []string{p.lab.Tool}, generator)...).WaitOutput(t, "ready")
+	stream := load.StreamServerArgs(netip.AddrPortFrom(anyone, p.streamPort()))
+	p.at.Start(t, "taskset", slices.Concat(pinned, []string{"iperf3"}, stream)...).WaitOutput(t, "Server listening")
+}
+
+func (p path) streamPort() uint16 {
+	if p.family == 6 {
+		return streamPort + 1
+	}
+	return streamPort
 }
 
 // reach is one short exchange along the path, over TCP.
@@ -164,6 +202,9 @@ func (p path) reach(ctx context.Context) error {
 // window runs a client of the generator along the path.
 func (p path) window(ctx context.Context, c load.Client) (load.Result, error) {
 	c.To, c.CPU = p.target(loadPort), WorkCPU()
+	if c.Kind == load.Stream {
+		c.To = p.target(p.streamPort())
+	}
 	out, err := p.from.Run(ctx, "taskset", append([]string{"-c", strconv.Itoa(WorkCPU()), p.lab.Tool}, c.Args()...)...)
 	if err != nil {
 		return load.Result{}, err

@@ -4,6 +4,7 @@ package bench
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"strings"
 	"testing"
@@ -18,9 +19,10 @@ var trafficScenarios = []string{"container-container", "published", "egress", "h
 // meter is a way to measure a path.
 type meter struct {
 	metric, unit string
+	client       load.Client
+	full         bool // for modes of the full cross only: bpfnet, docker-iptables and the limits
 	more         []Output
-	full         bool // measured in the full cross only: see modesOf
-	measure      func(ctx context.Context, p path, window time.Duration) (Sample, moved, error)
+	values       func(r load.Result) []float64 // of more
 }
 
 // moved is what a window must have moved at the least: for proofs.
@@ -30,42 +32,77 @@ type moved struct {
 }
 
 var meters = []meter{
-	{metric: "rr", unit: "1/s", measure: exchange(load.RR)},
-	{metric: "crr", unit: "1/s", measure: exchange(load.CRR)},
+	{metric: "rr", unit: "1/s", client: load.Client{Kind: load.RR}},
+	{metric: "crr", unit: "1/s", client: load.Client{Kind: load.CRR}},
+	{metric: "stream1", unit: "bit/s", client: load.Client{Kind: load.Stream, Flows: 1}},
+	{metric: "stream4", unit: "bit/s", client: load.Client{Kind: load.Stream, Flows: 4}},
+	{
+		metric: "udp", unit: "1/s", client: load.Client{Kind: load.UDP}, full: true,
+		more:   []Output{{"udp-loss", "ratio"}},
+		values: func(r load.Result) []float64 { return []float64{r.Loss} },
+	},
+	{
+		metric: "latency-p50", unit: "ns", client: load.Client{Kind: load.Latency}, full: true,
+		more: []Output{{"latency-p90", "ns"}, {"latency-p99", "ns"}, {"latency-p999", "ns"}},
+		values: func(r load.Result) []float64 {
+			return []float64{float64(r.Latency.P90), float64(r.Latency.P99), float64(r.Latency.P999)}
+		},
+	},
 }
 
-func exchange(kind string) func(context.Context, path, time.Duration) (Sample, moved, error) {
-	return func(ctx context.Context, p path, window time.Duration) (Sample, moved, error) {
-		r, err := p.window(ctx, load.Client{Kind: kind, Window: window})
-		if err != nil {
-			return Sample{}, moved{}, err
-		}
-		m := moved{packets: r.Units, flows: 1}
-		if kind == load.CRR {
-			m.flows = r.Units
-		}
-		return Sample{Value: r.Rate, CPU: r.CPU()}, m, nil
+// measure takes one window of a path.
+func (m meter) measure(ctx context.Context, p path, window time.Duration) (Sample, moved, error) {
+	c := m.client
+	c.Window = window
+	r, err := p.window(ctx, c)
+	if err != nil {
+		return Sample{}, moved{}, err
 	}
+	if c.Kind == load.Latency && r.Latency == nil {
+		return Sample{}, moved{}, errors.New("the generator told no latencies")
+	}
+	s := Sample{Value: r.Rate, CPU: r.CPU()}
+	if m.values != nil {
+		s.More = m.values(r)
+	}
+	through := moved{packets: r.Units, flows: 1}
+	switch c.Kind {
+	case load.CRR:
+		through.flows = r.Units
+	case load.Stream:
+		through.packets = r.Units / 8 / largestPacket
+	case load.Latency:
+		s.Value = float64(r.Latency.P50)
+	}
+	return s, through, nil
 }
+
+// largestPacket is what a stream's packets have at the most on their way: segments are cut at the end.
+const largestPacket = 64 << 10
 
 // trafficGroup measures one way of traffic in all modes.
 func trafficGroup(scenario string) Group {
-	modes := []string{limitOf[scenario], DockerIPTables, DockerProxy, Bpfnet}
+	modes := []string{limitOf[scenario], DockerIPTables, DockerProxy, NFTables, Bpfnet}
 	return Group{
 		Name:      scenario,
 		Scenarios: []string{scenario},
 		Modes:     modes,
 		Warm:      true,
+		Quick:     scenario != "hairpin",
 		Build: func(t testing.TB, o Options) []Probe {
 			var sites []*site
 			for _, mode := range modes {
-				if o.Wants(mode) {
+				if o.Wants(mode) && (!o.Quick || quickMode(scenario, mode)) {
 					o.Step("%s: build the lab of mode %s", scenario, mode)
 					sites = append(sites, newSite(t, mode))
 				}
 			}
 			var probes []Probe
-			for _, family := range []int{4, 6} {
+			families := []int{4, 6}
+			if o.Quick {
+				families = families[:1]
+			}
+			for _, family := range families {
 				reached := make([]error, len(sites))
 				for i, s := range sites {
 					p := s.path(scenario, family)
@@ -74,7 +111,7 @@ func trafficGroup(scenario string) Group {
 				}
 				for _, m := range meters {
 					for i, s := range sites {
-						if !m.full || s.mode != DockerProxy && s.mode != NFTables {
+						if (!m.full || s.mode != DockerProxy && s.mode != NFTables) && (!o.Quick || m.quick(scenario)) {
 							probes = append(probes, s.path(scenario, family).probe(m, o, reached[i]))
 						}
 					}
@@ -83,6 +120,15 @@ func trafficGroup(scenario string) Group {
 			return probes
 		},
 	}
+}
+
+// quickMode and quick say what of a scenario a quick run measures: what the targets speak of.
+func quickMode(scenario, mode string) bool {
+	return mode != NFTables && (mode != DockerProxy || scenario == "host-published")
+}
+
+func (m meter) quick(scenario string) bool {
+	return m.metric == "rr" || m.metric == "crr" || m.metric == "stream1" && scenario == "container-container"
 }
 
 // settle waits until the path serves. Docker's own modes may not serve some: the error says how it
@@ -99,7 +145,7 @@ func (p path) settle(t testing.TB) error {
 		if err = p.reach(t.Context()); err == nil {
 			return nil
 		}
-		if time.Now().After(end) {
+		if t.Context().Err() != nil || time.Now().After(end) {
 			break
 		}
 	}
@@ -125,7 +171,7 @@ func (p path) probe(m meter, o Options, unreached error) Probe {
 		if err != nil {
 			return Sample{}, err
 		}
-		s, moved, err := m.measure(ctx, p, o.Window)
+		s, through, err := m.measure(ctx, p, o.Window)
 		if err != nil {
 			return Sample{}, err
 		}
@@ -133,7 +179,7 @@ func (p path) probe(m meter, o Options, unreached error) Probe {
 		if err != nil {
 			return Sample{}, err
 		}
-		return s, p.prove(after.since(before), moved)
+		return s, p.prove(after.since(before), through)
 	}
 	return probe
 }
