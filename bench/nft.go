@@ -14,13 +14,13 @@ import (
 
 // nftSite is what the rules of mode nftables are made of, for one family.
 type nftSite struct {
-	family  int
-	bridge  string
-	subnet  netip.Prefix
-	server  netip.Addr
-	client  netip.Addr
-	ports   []int // published, TCP and UDP, the same inside
-	ip      string // nft's name of the family
+	family int
+	bridge string
+	subnet netip.Prefix
+	server netip.Addr
+	client netip.Addr
+	ports  []int  // published, TCP and UDP, the same inside
+	ip     string // nft's name of the family
 }
 
 // rules are those that Engine 29 has with its nftables backend and without userland proxy, for one bridge
