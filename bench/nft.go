@@ -47,9 +47,11 @@ func (s nftSite) rules() string {
 			line("%s daddr %s %s dport %d counter accept comment \"FORWARD\"", s.ip, s.server, proto, port)
 		}
 	}
-	line("counter drop }")
+	line("counter drop")
+	line("}")
 	line("chain out-of-one { ct state established,related counter accept comment \"FORWARD\"; counter accept comment \"FORWARD\"; }")
-	line("chain masq-into-one { fib saddr type local counter masquerade comment \"MASQUERADE\"")
+	line("chain masq-into-one {")
+	line("fib saddr type local counter masquerade comment \"MASQUERADE\"")
 	for _, port := range s.ports {
 		for _, proto := range []string{"tcp", "udp"} {
 			line("%s saddr %s %s daddr %s %s dport %d counter masquerade comment \"MASQUERADE\"", s.ip, s.server, s.ip, s.server, proto, port)

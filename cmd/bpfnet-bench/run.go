@@ -186,12 +186,18 @@ func (c command) run(ctx context.Context) (err error) {
 	})
 	lines.end()
 	if err != nil && !errors.Is(err, errInterrupted) {
-		_, _ = log.WriteTo(os.Stderr)
+		fmt.Fprintln(os.Stderr, lastLines(log.String(), 30))
 	}
 	if len(report.Records) > 0 {
 		err = errors.Join(err, summary(os.Stdout, report, c.quote))
 	}
 	return err
+}
+
+// lastLines are the last n lines of a log: engines have much to say.
+func lastLines(log string, n int) string {
+	all := strings.Split(strings.TrimSpace(log), "\n")
+	return strings.Join(all[max(0, len(all)-n):], "\n")
 }
 
 // findBpfnet is the binary under test.
