@@ -46,6 +46,7 @@ func Retire() error {
 // Pinning says what runs where.
 func Pinning() string {
 	return fmt.Sprintf("client and server, all iperf3 included: CPU %d; harness, engines, daemons, docker-proxy: the other %d. "+
-		"Both ends are started by the harness and enter the namespaces and cgroups of containers and hosts: no seccomp profile, in no mode",
+		"Both ends are started by the harness and enter the namespaces and cgroups of containers and hosts: no seccomp profile, in no mode. "+
+		"Congestion control reno; neighbours stay reachable; br_netfilter is on, as an Engine leaves it",
 		WorkCPU(), WorkCPU())
 }

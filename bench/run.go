@@ -64,7 +64,7 @@ type Group struct {
 	// Scenarios that it has, and modes; no modes: all.
 	Scenarios, Modes []string
 	// Warm has every probe measure once before the rounds begin: traffic, whose first window finds cold
-	// caches and neighbours to be resolved.
+	// caches and neighbours to be resolved. It may be a short window: see [warming].
 	Warm bool
 	// Quick groups are what a quick run consists of. It measures others only where their scenarios are named.
 	Quick bool
@@ -154,6 +154,10 @@ func runGroup(ctx context.Context, t testing.TB, g Group, o Options, run *progre
 	}
 	run.begin((rounds - first) * len(probes))
 	for round := first; round < rounds; round++ {
+		ctx := ctx
+		if round < 0 {
+			ctx = context.WithValue(ctx, warmKey{}, true)
+		}
 		for i, p := range probes {
 			title := fmt.Sprintf("round %d of %d", round+1, rounds)
 			if round < 0 {
@@ -189,6 +193,11 @@ func runGroup(ctx context.Context, t testing.TB, g Group, o Options, run *progre
 	}
 	return nil
 }
+
+type warmKey struct{}
+
+// warming reports whether a probe's sample is one that does not count.
+func warming(ctx context.Context) bool { return ctx.Value(warmKey{}) != nil }
 
 // records are those of a probe: one, and one for each of its other outputs.
 func records(g Group, p Probe, samples []Sample) []Record {

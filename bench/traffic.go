@@ -77,6 +77,9 @@ func (m meter) measure(ctx context.Context, p path, window time.Duration) (Sampl
 	return s, through, nil
 }
 
+// warmWindow is that of samples that do not count; the generator's own warm-up comes before.
+const warmWindow = 50 * time.Millisecond
+
 // largestPacket is what a stream's packets have at the most on their way: segments are cut at the end.
 const largestPacket = 64 << 10
 
@@ -171,7 +174,11 @@ func (p path) probe(m meter, o Options, unreached error) Probe {
 		if err != nil {
 			return Sample{}, err
 		}
-		s, through, err := m.measure(ctx, p, o.Window)
+		window := o.Window
+		if warming(ctx) {
+			window = min(window, warmWindow)
+		}
+		s, through, err := m.measure(ctx, p, window)
 		if err != nil {
 			return Sample{}, err
 		}
