@@ -14,7 +14,8 @@
 //   - crr: connect, one byte there, one byte back, close.
 //   - udp: small datagrams as fast as one thread sends them; the server counts.
 //   - latency: rr with the time of each exchange, closed loop or at an offered rate.
-//   - stream: iperf3, one or more flows.
+//   - stream: iperf3, one or more flows, with the machine's algorithm of congestion control: BBR, which paces,
+//     ends at a third of what Reno reaches on lo, so that the result names it.
 //
 // An offered rate is an open loop: exchanges are due at fixed times, and a latency is counted from when
 // the exchange was due, not from when it was sent, so that a stall is seen by all that should have been
@@ -36,9 +37,12 @@
 // In crr the server closes first and the client waits for that, as netperf's TCP_CRR does: the port of
 // a client is free at once, and TIME_WAIT is at the server, which takes the tuple's next SYN all the
 // same. So neither ports nor the rate run out, whatever was measured before. All closing is by FIN: a
-// RST would let connection tracking, ours and others', forget the connection early. Tuples come back
-// only after the client has gone through all ports from 1024 on, [Sysctls] let the table of TIME_WAIT
-// sockets be as large as a minute of that needs: a full one resets connections that are being closed.
+// RST would let connection tracking, ours and others', forget the connection early.
+//
+// Tuples come back only after the client has gone through all ports from 1024 on, after one to two
+// seconds of crr: what was measured before then decides whether a tuple is new to connection tracking,
+// in every mode alike. [Sysctls] let the table of TIME_WAIT sockets hold as many as there can be. With a
+// full one, closing is cheaper, and the rate would tell how much was measured before.
 //
 // # CPU
 //
