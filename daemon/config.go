@@ -70,9 +70,34 @@ type Config struct {
 	// MetricsLimit is how many containers, and how many ports, have metrics of their own. 0: metrics.DefaultLimit.
 	MetricsLimit int
 
+	// Changes are taken up while the daemon runs. Optional.
+	Changes <-chan Live
+
 	Version string
 	Logger  *slog.Logger
 	// Banner is written once when the daemon serves: what it attached to and what to type next.
 	// Optional.
 	Banner io.Writer
+}
+
+// Live are the settings that can change while the daemon runs.
+type Live struct {
+	Timeouts               map[string]time.Duration
+	AllowDirectRouting     bool
+	AcceptMark, AcceptMask uint32
+	MetricsLimit           int
+}
+
+// Live returns those of c.
+func (c Config) Live() Live {
+	return Live{
+		Timeouts: c.Timeouts, AllowDirectRouting: c.AllowDirectRouting,
+		AcceptMark: c.AcceptMark, AcceptMask: c.AcceptMask, MetricsLimit: c.MetricsLimit,
+	}
+}
+
+// CheckTimeouts says what is wrong with Timeouts.
+func (c Config) CheckTimeouts() error {
+	_, err := c.timeouts()
+	return err
 }

@@ -73,9 +73,10 @@ type Daemon struct {
 	cookie   uint64
 	seed     uint32
 
-	kick   chan struct{} // news: a round soon
-	urgent chan struct{} // somebody waits: a round now
-	over   chan struct{} // closed when no round will begin any more
+	kick    chan struct{} // news: a round soon
+	urgent  chan struct{} // somebody waits: a round now
+	retimed chan struct{} // timeouts have changed
+	over    chan struct{} // closed when no round will begin any more
 
 	mu       sync.Mutex               // of what follows: handed to the reconciler by others
 	engine   policy.State             // Docker's
@@ -132,7 +133,7 @@ func Run(ctx context.Context, cfg Config) error {
 // open checks everything that can be wrong before anything is changed.
 func open(cfg Config) (_ *Daemon, err error) {
 	d := &Daemon{
-		cfg: cfg, log: cfg.Logger, started: time.Now(), kick: make(chan struct{}, 1), urgent: make(chan struct{}, 1),
+		cfg: cfg, log: cfg.Logger, started: time.Now(), kick: make(chan struct{}, 1), urgent: make(chan struct{}, 1), retimed: make(chan struct{}, 1),
 		bridges: make(map[string]policy.Source), guarded: make(map[int]bool), attached: make(map[int]bool), adopted: make(map[int]bool), announced: make(map[string]announced),
 		news: make(chan struct{}), over: make(chan struct{}), rounds: metrics.NewRounds(),
 	}
@@ -296,6 +297,9 @@ func (d *Daemon) run(ctx context.Context) error {
 	server := api.NewServer(d)
 	server.Metrics = metrics.Handler(d.metrics)
 	group.Go(func() error { return server.Run(ctx, d.listener) })
+	if d.cfg.Changes != nil {
+		group.Go(func() error { return d.takeChanges(ctx) })
+	}
 	if d.cfg.MetricsListen.IsValid() {
 		group.Go(func() error {
 			metrics.Serve(ctx, d.cfg.MetricsListen, server.Metrics, d.log)
@@ -482,10 +486,7 @@ func (d *Daemon) reconcileLoop(ctx context.Context) error {
 // expireLoop ages the flows: as often as the shortest timeout needs, and at least every ten seconds. A
 // table that is nearly empty can wait three times as long: walking it costs the same.
 func (d *Daemon) expireLoop(ctx context.Context) error {
-	every := maxExpireEvery
-	for _, t := range d.timeouts {
-		every = min(every, max(t/2, time.Second))
-	}
+	every := d.expireEvery()
 	// Once at the start: what an earlier run took out of the maps and did not live to purge. Then what has
 	// timed out, which arms the kernel's timer.
 	if err := d.purge(); err != nil {
@@ -501,6 +502,9 @@ func (d *Daemon) expireLoop(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-d.retimed:
+			every = d.expireEvery()
+			tick.Reset(every)
 		case <-tick.C:
 			v4, v6, err := m.Flows()
 			if err == nil && every == maxExpireEvery && skipped < 2 && v4+v6 < int(m.Map("flows4").MaxEntries()/64) {
@@ -511,6 +515,39 @@ func (d *Daemon) expireLoop(ctx context.Context) error {
 			if err := d.expire(); err != nil {
 				return err
 			}
+		}
+	}
+}
+
+func (d *Daemon) expireEvery() time.Duration {
+	d.round.Lock()
+	defer d.round.Unlock()
+	every := maxExpireEvery
+	for _, t := range d.timeouts {
+		every = min(every, max(t/2, time.Second))
+	}
+	return every
+}
+
+// takeChanges takes up settings that change while the daemon runs, with the next round.
+func (d *Daemon) takeChanges(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case l := <-d.cfg.Changes:
+			timeouts, err := Config{Timeouts: l.Timeouts}.timeouts()
+			if err != nil {
+				d.log.Error("change of settings not taken", "err", err)
+				continue
+			}
+			d.round.Lock()
+			d.timeouts, d.cfg.AllowDirectRouting = timeouts, l.AllowDirectRouting
+			d.cfg.AcceptMark, d.cfg.AcceptMask = l.AcceptMark, l.AcceptMask
+			d.round.Unlock()
+			d.metrics.SetLimit(l.MetricsLimit)
+			signal(d.retimed)
+			signal(d.urgent)
 		}
 	}
 }

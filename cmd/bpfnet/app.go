@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"slices"
 	"strings"
@@ -51,7 +52,17 @@ type App struct {
 	HandFlows      func(bpffs string) (int, error)
 	CloseForward   func(context.Context, doctor.Handover) error
 
-	paths daemon.Paths
+	// ReadConfig reads the configuration file.
+	ReadConfig func(path string) ([]byte, error)
+	// Hangups tells of every SIGHUP until stop is called. Optional: the configuration is read once.
+	Hangups func() (told <-chan os.Signal, stop func())
+
+	paths    daemon.Paths
+	args     []string
+	file     string // of the configuration
+	daemon   *daemonFlags
+	level    *slog.LevelVar
+	settings []setting // effective ones of the command that runs
 }
 
 // counters is what the reading commands read of the pinned maps.
@@ -94,6 +105,8 @@ func newApp() *App {
 			}
 			return netdev.Restore(back)
 		},
+		ReadConfig:   os.ReadFile,
+		Hangups:      hangups,
 		HandFlows:    handFlows,
 		CloseForward: closeForward,
 	}
@@ -131,8 +144,9 @@ func (e *exitError) Unwrap() error { return e.err }
 
 // Run runs one command line and returns its exit status. An error is exactly one line on Stderr.
 func (a *App) Run(ctx context.Context, args []string) int {
+	a.args = append([]string{}, args...) // nil would be the process's own
 	root := a.command()
-	root.SetArgs(append([]string{}, args...)) // nil would be the process's own
+	root.SetArgs(a.args)
 	root.SetOut(a.Stdout)
 	root.SetErr(a.Stderr)
 	cmd, err := root.ExecuteContextC(ctx)
@@ -166,6 +180,7 @@ func oneLine(s string) string {
 }
 
 func (a *App) command() *cobra.Command {
+	a.level = new(slog.LevelVar)
 	root := &cobra.Command{
 		Use:                   "bpfnet",
 		DisableFlagsInUseLine: true,
@@ -195,10 +210,17 @@ work with the daemon down too.`,
 	flags.StringVar(&a.paths.Socket, "socket", defaultSocket, "`path` of the daemon's socket")
 	flags.StringVar(&a.paths.BPFFS, "bpffs", "/sys/fs/bpf/bpfnet", "`directory` of the pinned maps and links, below a bpffs mount")
 	flags.StringVar(&a.paths.Cgroup, "cgroup", "", "cgroup2 `directory` whose processes reach published ports on this host (default: where cgroup2 is mounted)")
-	root.PersistentPreRunE = func(*cobra.Command, []string) error { return a.checkPaths() }
+	flags.StringVar(&a.file, configFlag, defaultConfig, "configuration `file`; empty: none")
+	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
+		if err := a.configure(cmd); err != nil {
+			return err
+		}
+		return a.located(a.checkPaths())
+	}
 
 	root.AddCommand(
 		a.daemonCommand(),
+		a.configCommand(),
 		a.statusCommand(),
 		a.statsCommand(),
 		a.doctorCommand(),

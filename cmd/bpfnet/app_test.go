@@ -8,6 +8,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -60,8 +61,14 @@ func newWorld(t *testing.T) *world {
 		Version:    "1.2.3",
 		Environ:    func() []string { return []string{"PATH=/usr/bin:/bin", "A=1"} },
 		Getwd:      func() (string, error) { return "/tmp", nil },
-		Alive:      func(pid int, startTime uint64) bool { return pid == w.pid && startTime == 99 },
-		HasLink:    func(ifindex int) bool { return ifindex == 12 },
+		ReadConfig: func(path string) ([]byte, error) {
+			if path == defaultConfig { // the machine's
+				return nil, fs.ErrNotExist
+			}
+			return os.ReadFile(path)
+		},
+		Alive:   func(pid int, startTime uint64) bool { return pid == w.pid && startTime == 99 },
+		HasLink: func(ifindex int) bool { return ifindex == 12 },
 		RunDaemon: func(_ context.Context, cfg daemon.Config) error {
 			w.daemon = &cfg
 			return nil

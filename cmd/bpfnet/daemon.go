@@ -19,17 +19,52 @@ import (
 	"github.com/bpfnet/bpfnet/netdev"
 )
 
+// daemonFlags are the words of the daemon's flags, before they are understood.
+type daemonFlags struct {
+	cfg      daemon.Config
+	timeouts []string
+	subnets  []string
+	logLevel string
+	bridgeIP string
+	mark     string
+	strict   bool
+	listen   string
+}
+
+// config understands them. It looks at nothing but the words.
+func (f *daemonFlags) config() (cfg daemon.Config, level slog.Level, err error) {
+	cfg = f.cfg
+	if cfg.Timeouts, err = parseTimeouts(f.timeouts); err != nil {
+		return cfg, 0, err
+	}
+	if cfg.DefaultSubnets, err = parseDefaultSubnets(f.subnets); err != nil {
+		return cfg, 0, err
+	}
+	if cfg.DefaultBridgeIP, err = parseBridgeIP(f.bridgeIP); err != nil {
+		return cfg, 0, err
+	}
+	if cfg.AcceptMark, cfg.AcceptMask, err = parseMark(f.mark); err != nil {
+		return cfg, 0, err
+	}
+	if cfg.MetricsListen, err = parseMetricsListen(f.listen); err != nil {
+		return cfg, 0, err
+	}
+	if level, err = parseLogLevel(f.logLevel); err != nil {
+		return cfg, 0, err
+	}
+	if err := cfg.CheckTimeouts(); err != nil {
+		return cfg, 0, usagef("--%w", err)
+	}
+	if err := checkDaemon(cfg); err != nil {
+		return cfg, 0, err
+	}
+	_, err = strictCgroup(f.strict, cfg)
+	return cfg, level, err
+}
+
 func (a *App) daemonCommand() *cobra.Command {
-	var (
-		cfg      daemon.Config
-		timeouts []string
-		subnets  []string
-		logLevel string
-		bridgeIP string
-		mark     string
-		strict   bool
-		listen   string
-	)
+	f := &daemonFlags{}
+	a.daemon = f
 	cmd := &cobra.Command{
 		Use:   "daemon",
 		Short: "Serve the containers of this host",
@@ -40,34 +75,18 @@ of the network namespace that it runs in, and keeps their tables in step with th
 Docker Engine, and with the networks and sandboxes of its own ("bpfnet run"). An
 Engine that is absent, starts later or restarts is waited for; --docker off says
 that there is none.
-Stopping the daemon leaves the network running; "bpfnet cleanup" removes it.`,
+Stopping the daemon leaves the network running; "bpfnet cleanup" removes it.
+
+Each flag can also be set in the configuration file and in the environment: see
+"bpfnet config show". On SIGHUP the file is read again.`,
 		Example: `  bpfnet daemon
   bpfnet daemon --docker off
   bpfnet daemon --uplink eth0 --flows 1000000 --timeout udp=5m`,
 		Args: exactArgs(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			var err error
-			if cfg.Timeouts, err = parseTimeouts(timeouts); err != nil {
-				return err
-			}
-			if cfg.DefaultSubnets, err = parseDefaultSubnets(subnets); err != nil {
-				return err
-			}
-			if cfg.DefaultBridgeIP, err = parseBridgeIP(bridgeIP); err != nil {
-				return err
-			}
-			if cfg.AcceptMark, cfg.AcceptMask, err = parseMark(mark); err != nil {
-				return err
-			}
-			if cfg.MetricsListen, err = parseMetricsListen(listen); err != nil {
-				return err
-			}
-			level, err := parseLogLevel(logLevel)
+			cfg, level, err := f.config()
 			if err != nil {
-				return err
-			}
-			if err := checkDaemon(cfg); err != nil {
-				return err
+				return a.located(err)
 			}
 			if err := a.checkPrivilege(); err != nil {
 				return err
@@ -76,34 +95,35 @@ Stopping the daemon leaves the network running; "bpfnet cleanup" removes it.`,
 			if cfg.Cgroup, err = a.findCgroup(); err != nil {
 				return err
 			}
-			if cfg.StrictCgroup, err = strictCgroup(strict, cfg); err != nil {
+			if cfg.StrictCgroup, err = strictCgroup(f.strict, cfg); err != nil {
 				return err
 			}
 			cfg.Version = a.Version
-			cfg.Logger = slog.New(slog.NewTextHandler(a.Stderr, &slog.HandlerOptions{Level: level}))
+			a.level.Set(level)
+			cfg.Logger = slog.New(slog.NewTextHandler(a.Stderr, &slog.HandlerOptions{Level: a.level}))
 			cfg.Banner = a.Stdout
-			return a.RunDaemon(cmd.Context(), cfg)
+			return a.runReloading(cmd.Context(), cfg)
 		},
 	}
 	flags := cmd.Flags()
-	flags.StringVar(&cfg.Docker, "docker", "unix:///run/docker.sock", "`socket` of the Docker Engine, or off")
-	flags.StringArrayVar(&cfg.Uplinks, "uplink", nil, "`device` to take as an uplink, instead of those found; repeatable")
-	flags.StringVar(&cfg.Attach, "attach", "", "`how` to attach: tcx or clsact (default: tcx where the kernel has it, Linux 6.6)")
-	flags.IntVar(&cfg.Flows, "flows", 0, "`number` of flows that the tables hold, rounded up to a power of two (default: by memory)")
-	flags.StringArrayVar(&timeouts, "timeout", nil, "idle time after which a flow is forgotten, as `NAME=DURATION` ("+strings.Join(daemon.TimeoutNames(), ", ")+"); repeatable")
-	flags.BoolVar(&cfg.IPForwardNoDrop, "ip-forward-no-drop", false, "let transit between foreign devices pass where the daemon turned forwarding on")
-	flags.BoolVar(&cfg.DefaultBridgeNoMasquerade, "default-bridge-no-masquerade", false, "keep container addresses of Docker's network \"bridge\" on the way out")
-	flags.BoolVar(&cfg.DefaultBridgeNoICC, "default-bridge-no-icc", false, "forbid traffic between the containers of Docker's network \"bridge\"")
-	flags.StringVar(&bridgeIP, "default-bridge-ip", "", "host `address` of ports that are published without one on Docker's network \"bridge\" (default: all)")
-	flags.BoolVar(&cfg.AllowDirectRouting, "allow-direct-routing", false, "let everybody dial published ports by the containers' own addresses")
-	flags.StringVar(&mark, "bridge-accept-fwmark", "", "let packets with this `mark` (MARK or MARK/MASK) reach every port of every container")
-	flags.StringArrayVar(&subnets, "default-subnet", nil, "`subnet` of bpfnet's own default network, at most one a family (default: one of the pools, and a generated IPv6 one)")
-	flags.BoolVar(&strict, "strict", false, "let the Engine's containers send and receive only by the addresses of READY endpoints, from their first instruction on")
-	flags.StringVar(&cfg.StrictCgroup, "strict-cgroup", "", "cgroup2 `directory` that the Engine's containers run below (default: docker, below --cgroup); implies --strict")
-	flags.StringVar(&cfg.Relay, "relay", daemon.RelayOwn, "`whose` containers with IPv4 only the relay process publishes on IPv6 addresses: own (bpfnet's own), all (the Engine's too, where its userland proxy is off) or none")
-	flags.StringVar(&listen, "metrics-listen", "", "`address` ADDR:PORT to serve metrics for Prometheus at, besides the daemon's socket")
-	flags.IntVar(&cfg.MetricsLimit, "metrics-limit", metrics.DefaultLimit, "`number` of containers, and of published ports, that have metrics of their own; the others are summed")
-	flags.StringVar(&logLevel, "log-level", "info", "`level` of the log on standard error: debug, info, warn or error")
+	flags.StringVar(&f.cfg.Docker, "docker", "unix:///run/docker.sock", "`socket` of the Docker Engine, or off")
+	flags.StringArrayVar(&f.cfg.Uplinks, "uplink", nil, "`device` to take as an uplink, instead of those found; repeatable")
+	flags.StringVar(&f.cfg.Attach, "attach", "", "`how` to attach: tcx or clsact (default: tcx where the kernel has it, Linux 6.6)")
+	flags.IntVar(&f.cfg.Flows, "flows", 0, "`number` of flows that the tables hold, rounded up to a power of two (default: by memory)")
+	flags.StringArrayVar(&f.timeouts, "timeout", nil, "idle time after which a flow is forgotten, as `NAME=DURATION` ("+strings.Join(daemon.TimeoutNames(), ", ")+"); repeatable")
+	flags.BoolVar(&f.cfg.IPForwardNoDrop, "ip-forward-no-drop", false, "let transit between foreign devices pass where the daemon turned forwarding on")
+	flags.BoolVar(&f.cfg.DefaultBridgeNoMasquerade, "default-bridge-no-masquerade", false, "keep container addresses of Docker's network \"bridge\" on the way out")
+	flags.BoolVar(&f.cfg.DefaultBridgeNoICC, "default-bridge-no-icc", false, "forbid traffic between the containers of Docker's network \"bridge\"")
+	flags.StringVar(&f.bridgeIP, "default-bridge-ip", "", "host `address` of ports that are published without one on Docker's network \"bridge\" (default: all)")
+	flags.BoolVar(&f.cfg.AllowDirectRouting, "allow-direct-routing", false, "let everybody dial published ports by the containers' own addresses")
+	flags.StringVar(&f.mark, "bridge-accept-fwmark", "", "let packets with this `mark` (MARK or MARK/MASK) reach every port of every container")
+	flags.StringArrayVar(&f.subnets, "default-subnet", nil, "`subnet` of bpfnet's own default network, at most one a family (default: one of the pools, and a generated IPv6 one)")
+	flags.BoolVar(&f.strict, "strict", false, "let the Engine's containers send and receive only by the addresses of READY endpoints, from their first instruction on")
+	flags.StringVar(&f.cfg.StrictCgroup, "strict-cgroup", "", "cgroup2 `directory` that the Engine's containers run below (default: docker, below --cgroup); implies --strict")
+	flags.StringVar(&f.cfg.Relay, "relay", daemon.RelayOwn, "`whose` containers with IPv4 only the relay process publishes on IPv6 addresses: own (bpfnet's own), all (the Engine's too, where its userland proxy is off) or none")
+	flags.StringVar(&f.listen, "metrics-listen", "", "`address` ADDR:PORT to serve metrics for Prometheus at, besides the daemon's socket")
+	flags.IntVar(&f.cfg.MetricsLimit, "metrics-limit", metrics.DefaultLimit, "`number` of containers, and of published ports, that have metrics of their own; the others are summed")
+	flags.StringVar(&f.logLevel, "log-level", "info", "`level` of the log on standard error: debug, info, warn or error")
 	return cmd
 }
 

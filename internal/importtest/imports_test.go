@@ -35,6 +35,7 @@ var may = map[string][]string{
 	"relay":      {"policy", "reserve"},
 	"embedded":   {"api", "ipam", "netdev", "policy", "reserve", "sandbox", "store"},
 	"daemon":     {"policy", "bpf", "maps", "netdev", "docker", "store", "api", "loader", "embedded", "relay", "metrics"},
+	"config":     {},
 	"metrics":    {"api", "maps", "policy", "reserve"},
 	"doctor":     {"policy", "maps", "loader", "netdev", "api"},
 	"bench":      {"bench/load", "internal/lab", "maps"}, // a harness, not a part of the daemon

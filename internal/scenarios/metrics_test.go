@@ -8,8 +8,11 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -56,7 +59,9 @@ func scrapeBy(t *testing.T, dial func(context.Context) (net.Conn, error)) map[st
 func TestMetrics(t *testing.T) {
 	l := lab.New(t, lab.Opts{})
 	owner := l.Host.Serve(t, "--tcp", "9633")
-	w := ownSite(t, l, "--metrics-listen", "127.0.0.1:9633")
+	file := filepath.Join(l.Dir, "config.yaml")
+	require.NoError(t, os.WriteFile(file, []byte("metrics-listen: 127.0.0.1:9633\n"), 0o600))
+	w := ownSite(t, l, "--config", file)
 	lab.Eventually(t, 10*time.Second, "the owner of the port in the log", func() bool {
 		return strings.Contains(w.b.Log(), fmt.Sprintf("in use by labtool (pid %d); stop that, or choose another port", owner.PID()))
 	})
@@ -119,6 +124,20 @@ func TestMetrics(t *testing.T) {
 		return c, err
 	})
 	assert.GreaterOrEqual(t, byPort[received], got[received])
+
+	// The configuration is read again: a broken one changes nothing.
+	require.NoError(t, os.WriteFile(file, []byte("metrics-limit: 1\nmetrics-lisen: 127.0.0.1:9633\n"), 0o600))
+	require.NoError(t, syscall.Kill(w.b.PID(), syscall.SIGHUP))
+	lab.Eventually(t, 10*time.Second, "a refused configuration", func() bool {
+		return strings.Contains(w.b.Log(), "config.yaml:2: metrics-lisen: no such key; the nearest are metrics-listen,")
+	})
+	assert.Zero(t, w.scrape(t)[`bpfnet_metrics_folded{kind="container"}`])
+	require.NoError(t, os.WriteFile(file, []byte("metrics-limit: 1\nmetrics-listen: 127.0.0.1:9633\nflows: 5000\n"), 0o600))
+	require.NoError(t, syscall.Kill(w.b.PID(), syscall.SIGHUP))
+	lab.Eventually(t, 10*time.Second, "one container that is over the limit", func() bool {
+		return w.scrape(t)[`bpfnet_metrics_folded{kind="container"}`] == 1
+	})
+	assert.Contains(t, w.b.Log(), "applied=metrics-limit needs_a_restart=flows")
 
 	w.b.MustCLI(t, "rm", "--force", "web")
 	for series := range w.scrape(t) {
