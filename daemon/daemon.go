@@ -36,9 +36,12 @@ const (
 	// resyncEvery is how often maps, devices and sysctls are read back, whatever was announced.
 	resyncEvery = time.Minute
 	// settle is how long news is collected before the tables are compiled: one `docker run` makes
-	// a handful of events. Where rounds take longer it is as long as one of them, up to maxSettle.
+	// a handful of events. Where rounds have more to do it is as long as one of them, up to maxSettle.
 	settle    = 2 * time.Millisecond
-	maxSettle = 50 * time.Millisecond
+	maxSettle = 8 * time.Millisecond
+	// showAfter is how long readers wait for what makes no difference to packets, such as the reason why an
+	// endpoint is not READY.
+	showAfter = 30 * time.Millisecond
 	// sourceWait is how long readiness waits for the engine's first full state.
 	sourceWait = 5 * time.Second
 	// reservationWait is how long an engine's bare reservation socket is kept from the world.
@@ -93,6 +96,7 @@ type Daemon struct {
 	begun     uint64        // rounds, by number
 	ended     uint64        // the last round that has ended
 	failed    error         // its
+	waiting   int           // in Flush
 	news      chan struct{} // closed with it
 	missing   error         // why some device of the last round is without its programs
 	// What the engine's port hook announced, and what leads somewhere as of the last round.
@@ -111,6 +115,10 @@ type Daemon struct {
 	changes  []netdev.Change
 	relayed  map[policy.PortKey]bool   // what the relay holds
 	unheld   map[policy.PortKey]string // what it does not, and why
+	changed  bool                      // the maps hold what the snapshot does not tell of
+	waited   time.Duration             // by the last round, for the kernel: whoever moves a device holds everybody up
+	known    policy.State              // of the last round, with what was added by hand
+	owed     bool                      // the last round has left the snapshot to be written later
 	problem  string                    // of the last round, so that it is logged once
 	wrong    map[policy.Problem]bool   // of settings, as of the last round
 	sockets  string                    // what last kept sockets from being ended, likewise
@@ -384,7 +392,7 @@ func (d *Daemon) update(s policy.State) {
 	d.mu.Lock()
 	d.engine, d.reported = d.withoutRelay(s), true
 	d.mu.Unlock()
-	d.wake()
+	signal(d.urgent) // it has settled already: see docker.debounce
 }
 
 func (d *Daemon) wake() { signal(d.kick) }
@@ -423,15 +431,15 @@ func (d *Daemon) watch(ctx context.Context, events <-chan netdev.Event) error {
 			if !served && !ev.Gone {
 				d.guardStranger(ev.Ifindex, ev.Name, true, ev.Master, ev.MasterName)
 			}
+			if source == policy.SourceDocker && d.docker != nil {
+				d.docker.Refresh(ev.MasterName) // its answer comes while the kernel attaches
+			}
 			if served && !ev.Gone {
 				for _, program := range []string{loader.FromContainer, loader.ToContainer} {
 					if err := d.loader.Attach(program, ev.Ifindex); err != nil {
 						d.log.Debug("guard a new port", "device", ev.Name, "err", err)
 					}
 				}
-			}
-			if source == policy.SourceDocker && d.docker != nil {
-				d.docker.Refresh(ev.MasterName)
 			}
 		}
 		d.wake()
@@ -446,10 +454,17 @@ func (d *Daemon) reconcileLoop(ctx context.Context) error {
 	defer close(d.over)
 	tick := time.NewTicker(resyncEvery)
 	defer tick.Stop()
+	show := time.NewTimer(time.Hour)
+	defer show.Stop()
 	for took := time.Duration(0); ; {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-show.C:
+			if err := d.showOwed(); err != nil {
+				d.log.Error("write the snapshot", "err", err)
+			}
+			continue
 		case <-tick.C:
 			d.mu.Lock()
 			d.resync = true
@@ -468,7 +483,12 @@ func (d *Daemon) reconcileLoop(ctx context.Context) error {
 		}
 		began := time.Now()
 		err := d.reconcile()
-		took = time.Since(began)
+		took = time.Since(began) - d.waited
+		if d.owes() {
+			show.Reset(showAfter)
+		} else {
+			show.Stop()
+		}
 		if text := fmt.Sprint(err); err != nil && text != d.problem {
 			d.log.Error("reconcile; it goes on with the next round", "err", err)
 			d.problem = text
@@ -584,7 +604,13 @@ func (d *Daemon) reconcile() (err error) {
 	// know, is for the next round to judge.
 	pinned, err := d.loader.Pinned()
 	errs = append(errs, err)
-	devices, err := d.devices.Snapshot(served)
+	settled := func(ifindex int) bool { // who is served keeps its MAC; if not, the next resync finds out
+		_, is := d.applied.Links[ifindex]
+		return is && !resync
+	}
+	asked := time.Now()
+	devices, err := d.devices.Snapshot(served, settled)
+	d.waited = time.Since(asked)
 	if err != nil {
 		return err
 	}
@@ -597,7 +623,7 @@ func (d *Daemon) reconcile() (err error) {
 		for _, n := range closed {
 			served[n.Bridge] = true
 		}
-		if devices, err = d.devices.Snapshot(served); err != nil {
+		if devices, err = d.devices.Snapshot(served, settled); err != nil {
 			return err
 		}
 	}
@@ -614,15 +640,9 @@ func (d *Daemon) reconcile() (err error) {
 		in.Allowed = append(in.Allowed, [2]string{p.A, p.B})
 	}
 
-	if !reflect.DeepEqual(engine, d.stored) {
-		if err := d.store.SetState(policy.SourceDocker, engine); err != nil {
-			return err
-		}
-		d.stored = engine
-	}
-
 	// First the maps, as far as the guards stand; then the guards; then what they make possible.
 	fresh := d.newcomers(devices, known.Networks)
+	d.guardedAlready(devices)
 	in.Attached = without(d.attached, fresh)
 	errs = append(errs, d.apply(in, settings))
 	changed, err := d.attach(devices, served, pinned, reported)
@@ -640,6 +660,13 @@ func (d *Daemon) reconcile() (err error) {
 	} else if renew {
 		errs = append(errs, d.writer.Renew())
 	}
+	// Nobody waits for this: without it, the next start begins with what the engine told before.
+	if !reflect.DeepEqual(engine, d.stored) {
+		if err := d.store.SetState(policy.SourceDocker, engine); err != nil {
+			return err
+		}
+		d.stored = engine
+	}
 	d.relayResumes(round, devices)
 	// What the relay holds is published; what it cannot get may be another program's.
 	relayed, err := d.relayPorts(resync)
@@ -653,8 +680,36 @@ func (d *Daemon) reconcile() (err error) {
 	if d.strict != nil {
 		errs = append(errs, d.strict.apply(d.tables, devices))
 	}
-	errs = append(errs, d.writeSnapshot(known))
+	d.known = known
+	if d.mustShow() {
+		errs = append(errs, d.writeSnapshot(known))
+	} else {
+		d.owed = true
+	}
 	return errors.Join(errs...)
+}
+
+// showOwed writes the snapshot that the last round has left, if no other has been written since.
+func (d *Daemon) showOwed() error {
+	d.round.Lock()
+	defer d.round.Unlock()
+	if !d.owed {
+		return nil
+	}
+	return d.writeSnapshot(d.known)
+}
+
+func (d *Daemon) owes() bool {
+	d.round.Lock()
+	defer d.round.Unlock()
+	return d.owed
+}
+
+// mustShow reports whether readers are to see this round's state at once. Most rounds change nothing.
+func (d *Daemon) mustShow() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.changed || d.waiting > 0 || d.snapshot == nil
 }
 
 // report logs what is wrong with the settings, each once as long as it is.
@@ -687,11 +742,14 @@ func (d *Daemon) apply(in policy.Intents, settings bpfmaps.Settings) error {
 	tables, slots := policy.Compile(in, d.slots)
 	d.tables = tables
 	if !slotsEqual(slots, d.slots) {
+		d.changed = true
 		if err := d.store.SetSlots(slots); err != nil {
 			return err
 		}
 	}
-	if _, err := d.writer.Apply(tables, settings); err != nil {
+	res, err := d.writer.Apply(tables, settings)
+	d.changed = d.changed || res.Changed > 0
+	if err != nil {
 		return err
 	}
 	d.slots, d.applied = slots, tables
@@ -700,6 +758,15 @@ func (d *Daemon) apply(in policy.Intents, settings bpfmaps.Settings) error {
 
 func slotsEqual(a, b policy.Slots) bool {
 	return mapsEqual(a.Networks, b.Networks) && mapsEqual(a.Endpoints, b.Endpoints) && mapsEqual(a.Ports, b.Ports)
+}
+
+// guardedAlready adds the links to d.attached that were guarded when the kernel told of them.
+func (d *Daemon) guardedAlready(devices policy.Devices) {
+	for _, l := range devices.Links {
+		if !d.attached[l.Ifindex] && d.loader.Attached(loader.FromContainer, l.Ifindex) && d.loader.Attached(loader.ToContainer, l.Ifindex) {
+			d.attached[l.Ifindex] = true
+		}
+	}
 }
 
 // attach puts programs where they belong and takes those of pinned from where they do not. It reports
@@ -840,7 +907,13 @@ var errStopping = errors.New("the daemon is stopping")
 func (d *Daemon) Flush(ctx context.Context) error {
 	d.mu.Lock()
 	after := d.begun
+	d.waiting++
 	d.mu.Unlock()
+	defer func() {
+		d.mu.Lock()
+		d.waiting--
+		d.mu.Unlock()
+	}()
 	signal(d.urgent)
 	for {
 		d.mu.Lock()

@@ -5,6 +5,7 @@ package daemon
 import (
 	"context"
 	"errors"
+	"slices"
 
 	"github.com/bpfnet/bpfnet/loader"
 	"github.com/bpfnet/bpfnet/policy"
@@ -62,6 +63,11 @@ func (d *Daemon) show(context.Context) error {
 	d.mu.Lock()
 	_, state := d.state()
 	d.mu.Unlock()
+	byHand, err := d.byHand(d.seen, state)
+	if err != nil {
+		return err
+	}
+	state.Endpoints = slices.Concat(state.Endpoints, byHand)
 	return d.writeSnapshot(state)
 }
 

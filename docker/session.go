@@ -30,8 +30,11 @@ const (
 
 // refreshDelays are when a network is read after a hint from the kernel: the Engine stores an
 // endpoint some milliseconds after it has made the device, more when it is busy.
+//
+// A hint begins them anew, so that few of them come about where there are many hints.
 var refreshDelays = []time.Duration{
-	0, 10 * time.Millisecond, 40 * time.Millisecond, 150 * time.Millisecond, 500 * time.Millisecond,
+	0, 2 * time.Millisecond, 5 * time.Millisecond, 9 * time.Millisecond, 14 * time.Millisecond, 20 * time.Millisecond,
+	30 * time.Millisecond, 50 * time.Millisecond, 80 * time.Millisecond, 150 * time.Millisecond, 500 * time.Millisecond,
 }
 
 // session is one connection to the Engine and what was read through it. All fields but seq,
@@ -57,6 +60,9 @@ type session struct {
 	ctrSem  chan struct{}
 	busy    map[string]bool // reads under way, by kind and ID
 	again   map[string]func()
+
+	hintNo uint64            // of the kernel's last hint
+	hints  map[string]uint64 // the last, by the network that is read for it
 
 	fullBusy bool
 	fullErr  error
@@ -95,6 +101,7 @@ func (s *Source) session(ctx context.Context, update func(policy.State)) (connec
 		ctrSem:   make(chan struct{}, maxReads),
 		busy:     make(map[string]bool),
 		again:    make(map[string]func()),
+		hints:    make(map[string]uint64),
 	}
 	defer x.reads.Wait()
 	defer cancel()
@@ -235,12 +242,25 @@ func (x *session) refreshed(name string) {
 			(name != id && name != n.inspect.Name && name != bridgeName(*n.inspect)) {
 			continue
 		}
-		for _, d := range refreshDelays {
-			x.after(d, func() { x.readNetwork(id) })
-		}
+		x.hintNo++
+		x.hints[id] = x.hintNo
+		x.refresh(id, x.hintNo, 0)
 		return
 	}
 	x.readAll()
+}
+
+// refresh reads a network now and goes on with the later delays, unless another hint has come.
+func (x *session) refresh(id string, hint uint64, i int) {
+	if x.hints[id] != hint {
+		return
+	}
+	x.readNetwork(id)
+	if i++; i < len(refreshDelays) {
+		x.after(refreshDelays[i]-refreshDelays[i-1], func() { x.refresh(id, hint, i) })
+	} else {
+		delete(x.hints, id)
+	}
 }
 
 // after runs f on the session's goroutine.

@@ -217,7 +217,7 @@ func (m *Manager) bridgePorts() (map[string]string, error) {
 	for _, n := range m.ownNetworks() {
 		served[n.Bridge] = true
 	}
-	devices, err := m.o.Devices.Snapshot(served)
+	devices, err := m.o.Devices.Snapshot(served, nil)
 	if err != nil {
 		return nil, err
 	}

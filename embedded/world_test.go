@@ -166,7 +166,7 @@ func (w *world) ready(id string) (bool, string) {
 	e := w.applied.Endpoints[i]
 	j := slices.IndexFunc(w.applied.Networks, func(n policy.Network) bool { return n.ID == e.NetworkID })
 	bridge := w.applied.Networks[j].Bridge
-	snap, err := w.opts.Devices.Snapshot(map[string]bool{bridge: true})
+	snap, err := w.opts.Devices.Snapshot(map[string]bool{bridge: true}, nil)
 	if err != nil {
 		return false, err.Error()
 	}

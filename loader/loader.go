@@ -438,6 +438,16 @@ func (l *Loader) attachLink(name string, prog *ebpf.Program, attach func() (link
 	return nil
 }
 
+// Attached reports whether this instance has put a program on a device.
+func (l *Loader) Attached(program string, ifindex int) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	name := pinName(program, ifindex)
+	_, link := l.links[name]
+	_, filter := l.filters[name]
+	return link || filter
+}
+
 // Detach takes a program off a device; a missing one, or a device that is gone, is no error.
 func (l *Loader) Detach(program string, ifindex int) error {
 	l.mu.Lock()

@@ -14,7 +14,7 @@ import (
 // from peerMAC, which is asked for the far ends of served links in other namespaces.
 //
 // links must be sorted by index. override replaces the uplinks found, if not empty.
-func assemble(links []device, addrs []address, served map[string]bool, override []string, peerMAC func(nsid, ifindex int) policy.MAC) policy.Devices {
+func assemble(links []device, addrs []address, served map[string]bool, override []string, peerMAC func(near *device) policy.MAC) policy.Devices {
 	byIndex := make(map[int]*device, len(links))
 	for i := range links {
 		byIndex[links[i].index] = &links[i]
@@ -42,7 +42,7 @@ func assemble(links []device, addrs []address, served map[string]bool, override 
 			switch {
 			case !d.hasPeer():
 			case d.peerNS >= 0:
-				l.PeerMAC = peerMAC(d.peerNS, d.peer)
+				l.PeerMAC = peerMAC(d)
 			case byIndex[d.peer] != nil:
 				l.PeerMAC = byIndex[d.peer].mac
 			}

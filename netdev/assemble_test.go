@@ -68,8 +68,8 @@ func names(d policy.Devices) (bridges, links, uplinks []string) {
 func TestAssemble(t *testing.T) {
 	served := map[string]bool{"docker0": true, "br-web": true, "br-gone": true}
 	asked := 0
-	got := assemble(hostDevices, hostAddresses, served, nil, func(nsid, ifindex int) policy.MAC {
-		require.Equal(t, [2]int{7, 2}, [2]int{nsid, ifindex}, "only served links are asked for")
+	got := assemble(hostDevices, hostAddresses, served, nil, func(near *device) policy.MAC {
+		require.Equal(t, [2]int{7, 2}, [2]int{near.peerNS, near.peer}, "only served links are asked for")
 		asked++
 		return policy.MAC{2, 0, 0, 0, 7, 2}
 	})
@@ -97,7 +97,7 @@ func TestAssemble(t *testing.T) {
 }
 
 func TestAssembleOverride(t *testing.T) {
-	noPeers := func(int, int) policy.MAC { return policy.MAC{} }
+	noPeers := func(*device) policy.MAC { return policy.MAC{} }
 	// A device named by the user needs no address; one that has gone is left out.
 	got := assemble(hostDevices, hostAddresses, map[string]bool{"docker0": true}, []string{"eth3", "wg0", "gone"}, noPeers)
 	_, links, uplinks := names(got)

@@ -127,7 +127,7 @@ func TestEnsureBridgeNew(t *testing.T) {
 	own, err := d.OwnLinks()
 	require.NoError(t, err)
 	require.Equal(t, []OwnLink{{Name: "br0", Kind: "bridge", Ifindex: a.Index}}, own)
-	snap, err := d.Snapshot(nil)
+	snap, err := d.Snapshot(nil, nil)
 	require.NoError(t, err)
 	require.Empty(t, snap.Uplinks, "ours, though nobody has said that it is served")
 	require.Len(t, snap.Bridges, 1)
@@ -305,7 +305,7 @@ func machineID() bool {
 
 func snapshot(t testing.TB, d *Devices) policy.Devices {
 	t.Helper()
-	snap, err := d.Snapshot(nil)
+	snap, err := d.Snapshot(nil, nil)
 	require.NoError(t, err)
 	return snap
 }

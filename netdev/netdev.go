@@ -17,6 +17,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"sync"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -46,6 +47,15 @@ type Devices struct {
 	// thing at a time.
 	deleting *netlink.Handle
 	uplinks  []string
+
+	mu    sync.Mutex
+	asked map[int]peer // by the index of the near end, as of the last snapshot
+}
+
+// peer is the far end of a pair in another namespace.
+type peer struct {
+	ns, ifindex int
+	mac         policy.MAC
 }
 
 // Open binds to the calling thread's network namespace. It fails if an uplink named in the
@@ -103,9 +113,10 @@ func (d *Devices) Close() {
 // Snapshot reads all devices. served holds the names of the bridges whose ports are wanted;
 // such a bridge need not exist. All bridges are listed, served or not.
 //
-// The lists are sorted by interface index. Nothing is cached: a container's MAC can change
-// between the making of its link and its start.
-func (d *Devices) Snapshot(served map[string]bool) (policy.Devices, error) {
+// The lists are sorted by interface index. A far end in another namespace is asked for its MAC, one by
+// one, unless settled says of the near end that the MAC of the last snapshot will do: it can change
+// between the making of a container's link and its start. Optional: nothing is settled.
+func (d *Devices) Snapshot(served map[string]bool, settled func(ifindex int) bool) (policy.Devices, error) {
 	links, err := d.links()
 	if err != nil {
 		return policy.Devices{}, err
@@ -114,7 +125,22 @@ func (d *Devices) Snapshot(served map[string]bool) (policy.Devices, error) {
 	if err != nil {
 		return policy.Devices{}, err
 	}
-	return assemble(links, addrs, served, d.uplinks, d.peerMAC), nil
+	d.mu.Lock()
+	last := d.asked
+	d.mu.Unlock()
+	asked := make(map[int]peer, len(last))
+	out := assemble(links, addrs, served, d.uplinks, func(l *device) policy.MAC {
+		p, known := last[l.index]
+		if !known || p.ns != l.peerNS || p.ifindex != l.peer || settled == nil || !settled(l.index) {
+			p = peer{l.peerNS, l.peer, d.peerMAC(l.peerNS, l.peer)}
+		}
+		asked[l.index] = p
+		return p.mac
+	})
+	d.mu.Lock()
+	d.asked = asked
+	d.mu.Unlock()
+	return out, nil
 }
 
 // Link reads one bridge port by its index: the quick way after an event. ok is false if the

@@ -97,7 +97,7 @@ func TestPeerMAC(t *testing.T) {
 	d := open(t, Options{})
 	mac := func() policy.MAC {
 		t.Helper()
-		snap, err := d.Snapshot(map[string]bool{"br0": true})
+		snap, err := d.Snapshot(map[string]bool{"br0": true}, nil)
 		require.NoError(t, err)
 		require.Len(t, snap.Links, 1)
 		l := snap.Links[0]
@@ -119,7 +119,7 @@ func TestPeerMAC(t *testing.T) {
 	require.NoError(t, h.LinkSetHardwareAddr(peer, net.HardwareAddr{2, 0x42, 0, 0, 0, 9}))
 	require.Equal(t, policy.MAC{2, 0x42, 0, 0, 0, 9}, mac(), "address changed in the other namespace")
 
-	snap, err := d.Snapshot(nil)
+	snap, err := d.Snapshot(nil, nil)
 	require.NoError(t, err)
 	require.Empty(t, snap.Links, "not served")
 
@@ -145,7 +145,7 @@ func TestSnapshotRoles(t *testing.T) {
 	addAddr(t, up, "192.0.2.1/24")
 	addAddr(t, up, "2001:db8::1/64")
 
-	snap, err := open(t, Options{}).Snapshot(map[string]bool{"served0": true})
+	snap, err := open(t, Options{}).Snapshot(map[string]bool{"served0": true}, nil)
 	require.NoError(t, err)
 	bridges, links, uplinks := names(snap)
 	require.Equal(t, []string{"served0", "cni0"}, bridges)
@@ -157,7 +157,7 @@ func TestSnapshotRoles(t *testing.T) {
 	}, snap.Uplinks[1].Addrs)
 	require.Contains(t, snap.HostAddrs, policy.HostAddr{Addr: netip.MustParseAddr("2001:db8::1"), Ifindex: up.Attrs().Index}, "tentative addresses too")
 
-	snap, err = open(t, Options{Uplinks: []string{"portp"}}).Snapshot(nil)
+	snap, err = open(t, Options{Uplinks: []string{"portp"}}).Snapshot(nil, nil)
 	require.NoError(t, err)
 	_, _, uplinks = names(snap)
 	require.Equal(t, []string{"portp"}, uplinks)

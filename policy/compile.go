@@ -249,6 +249,10 @@ func Compile(in Intents, last Slots) (Tables, Slots) {
 		t.Waiting[id] = fmt.Sprintf("more than %d endpoints", MaxEndpoints-1)
 	}
 	sandboxes := sandboxIDs(endpoints, slots.Endpoints)
+	links := make(map[seat]Link, len(in.Devices.Links))
+	for _, l := range in.Devices.Links {
+		links[seat{l.Bridge, l.PeerMAC}] = l
+	}
 	targets := make(map[string]Endpoint)
 	for _, e := range endpoints {
 		slot, ok := slots.Endpoints[e.ID]
@@ -261,7 +265,7 @@ func Compile(in Intents, last Slots) (Tables, Slots) {
 			continue
 		}
 		targets[e.ID] = e
-		t.endpoint(e, slot, n, slots.Networks[n.ID], sandboxes[e.SandboxID], in)
+		t.endpoint(e, slot, n, slots.Networks[n.ID], sandboxes[e.SandboxID], links, in.Attached)
 	}
 
 	slots.Ports, refused = assign(last.Ports, ids(ports, Port.ID), MaxPorts)
@@ -376,26 +380,27 @@ func sandboxIDs(endpoints []Endpoint, slots map[string]uint16) map[string]uint32
 	return out
 }
 
-func (t *Tables) endpoint(e Endpoint, slot uint16, n Network, net uint16, sandbox uint32, in Intents) {
+// seat is what tells a container's interface from others.
+type seat struct {
+	bridge string
+	mac    MAC
+}
+
+func (t *Tables) endpoint(e Endpoint, slot uint16, n Network, net uint16, sandbox uint32, links map[seat]Link, attached map[int]bool) {
 	for _, a := range e.Addrs {
 		if a = a.Unmap(); a.IsValid() && !a.IsLinkLocalUnicast() {
 			t.Addrs[a] = slot
 		}
 	}
-	var link *Link
-	for i, l := range in.Devices.Links {
-		if l.Bridge == n.Bridge && l.PeerMAC == e.MAC && !e.MAC.IsZero() {
-			link = &in.Devices.Links[i]
-		}
-	}
+	link, found := links[seat{n.Bridge, e.MAC}]
 	switch {
-	case link == nil:
+	case !found || e.MAC.IsZero():
 		t.Waiting[e.ID] = fmt.Sprintf("no port of %s has %s behind it", n.Bridge, e.MAC)
 		return
 	case t.Networks[net].Ifindex == 0:
 		t.Waiting[e.ID] = fmt.Sprintf("there is no bridge %s", n.Bridge)
 		return
-	case !in.Attached[link.Ifindex]:
+	case !attached[link.Ifindex]:
 		t.Waiting[e.ID] = fmt.Sprintf("no programs on %s yet", link.Name)
 		return
 	}

@@ -205,7 +205,7 @@ func (g *gatherer) devices() error {
 	if f.Devices, err = d.List(); err != nil {
 		return err
 	}
-	if f.Seen, err = d.Snapshot(served); err != nil {
+	if f.Seen, err = d.Snapshot(served, nil); err != nil {
 		return err
 	}
 	g.chooseUplinks()

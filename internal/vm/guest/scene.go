@@ -190,7 +190,7 @@ func (s *scene) load() error {
 
 // attach puts the programs on every device.
 func (s *scene) attach() error {
-	d, err := s.devices.Snapshot(served)
+	d, err := s.devices.Snapshot(served, nil)
 	errs := []error{err, s.loader.Attach(loader.FromHost, 1)}
 	if len(d.Uplinks) != 1 || len(d.Bridges) != 2 || len(d.Links) != 3 {
 		errs = append(errs, fmt.Errorf("devices: %+v", d))
@@ -209,7 +209,7 @@ func (s *scene) attach() error {
 
 // apply fills the tables.
 func (s *scene) apply() (maps.Result, error) {
-	d, err := s.devices.Snapshot(served)
+	d, err := s.devices.Snapshot(served, nil)
 	if err != nil {
 		return maps.Result{}, err
 	}
