@@ -10,5 +10,6 @@ func Groups() []Group {
 	}
 	all = append(all, portsGroup(), networksGroup(), endpointsGroup(), flowsGroup())
 	all = append(all, hostOnlyGroup(), memoryGroup())
+	all = append(all, enginesGroup(), crowdGroup())
 	return all
 }

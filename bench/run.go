@@ -49,6 +49,8 @@ type Probe struct {
 	// Measure takes one window. It proves that the traffic took the mode's path, and fails if not. Where
 	// the mode cannot do it at all, it is nil, and Note says why.
 	Measure func(ctx context.Context) (Sample, error)
+	// Rounds, where the probe cannot afford those of the group; 0: as the group.
+	Rounds int
 	// More are other things that the same window measures. They make records of their own.
 	More []Output
 }
@@ -164,7 +166,7 @@ func runGroup(ctx context.Context, t testing.TB, g Group, o Options, run *progre
 				title = "warm up"
 			}
 			o.Step("%s %s: %s", run, title, p.Key)
-			if p.Measure == nil {
+			if p.Measure == nil || p.Rounds != 0 && round >= p.Rounds {
 				run.step()
 				continue
 			}

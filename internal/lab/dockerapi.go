@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os/exec"
 )
 
 // Post calls the engine's API: d.Post(ctx, "/networks/blue/connect", …). It takes none of the time that a
@@ -40,4 +41,11 @@ func (d *Docker) Post(ctx context.Context, path string, body any) error {
 		err = fmt.Errorf("%s: %s: %s", path, answer.Status, bytes.TrimSpace(said))
 	}
 	return err
+}
+
+// Command prepares a call of the docker client, for as long as ctx lives.
+func (d *Docker) Command(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := d.lab.Host.Command(ctx, dockerCLI, args...)
+	cmd.Env = d.Env()
+	return cmd
 }
