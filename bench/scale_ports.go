@@ -3,16 +3,20 @@
 package bench
 
 import (
+	"context"
 	"fmt"
+	"net/netip"
 	"os"
 	"slices"
+	"strings"
 	"testing"
+	"time"
 )
 
 var portPoints = []point{
-	{1, []string{DockerIPTables, DockerProxy, Bpfnet}},
-	{100, []string{DockerIPTables, DockerProxy, Bpfnet}},
-	{1000, []string{DockerIPTables, DockerProxy, Bpfnet}},
+	{1, []string{DockerIPTables, DockerProxy, NFTables, Bpfnet}},
+	{100, []string{DockerIPTables, DockerProxy, NFTables, Bpfnet}},
+	{1000, []string{DockerIPTables, DockerProxy, NFTables, Bpfnet}},
 	{10000, []string{DockerIPTables, Bpfnet}},
 }
 
@@ -28,13 +32,18 @@ func scaledPorts(points []point, real int, metrics ...string) Group {
 	return scaleGroup("ports", points, func(t testing.TB, o Options, mode string, at int) []Probe {
 		var s *site
 		note := "all ports published by docker run, the measured one last"
-		if others := at - 1; mode == Bpfnet || at <= real {
+		switch others := at - 1; {
+		case mode == NFTables:
+			note = "the rules of all ports by nft, as Engine 29 has them, the measured one last"
+			s = newSpot(t, mode, spotOpts{})
+			s.publishByNFT(t, others)
+		case mode == Bpfnet || at <= real:
 			s = newSpot(t, mode, spotOpts{before: func(s *site) {
 				if others > 0 {
 					s.docker.MustRun(t, slices.Concat([]string{"run", "-d", "--name", "others", "-p", publish(firstOther, others)}, sleep)...)
 				}
 			}})
-		} else {
+		default:
 			note = "one port published by docker run; the rules of the others by iptables-restore, as the Engine writes them, before its own"
 			if mode == DockerProxy {
 				note += "; their docker-proxy processes started by hand"
@@ -63,6 +72,29 @@ func (s *site) publishByHand(t testing.TB, n int) {
 	if s.mode == DockerProxy {
 		s.startProxies(t, firstOther, n)
 	}
+}
+
+// publishByNFT loads the rules for other ports and the server's own.
+func (s *site) publishByNFT(t testing.TB, n int) {
+	t.Helper()
+	rules := nftSite{family: 4, ip: "ip", bridge: "docker0", server: s.addrs[4]}
+	rules.client, _ = s.docker.Addrs(t, "client", "bridge")
+	subnet := s.docker.MustRun(t, "network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Subnet}}")
+	var err error
+	if rules.subnet, err = netip.ParsePrefix(subnet); err != nil {
+		t.Fatal(err)
+	}
+	for i := range n {
+		rules.ports = append(rules.ports, firstOther+i)
+	}
+	rules.ports = append(rules.ports, loadPort)
+	var tcp strings.Builder
+	for line := range strings.Lines(rules.rules()) {
+		if !strings.Contains(line, "udp dport") {
+			tcp.WriteString(line)
+		}
+	}
+	feed(t, s.lab.Host, tcp.String(), "nft", "-f", "-")
 }
 
 // dockerProxy is the Engine's own. It tells by file descriptor 3 how its start went.
@@ -105,6 +137,15 @@ func (s *site) publishes(want int) error {
 		if err := counted("docker-proxy processes", len(proxies), want); err != nil {
 			return err
 		}
+	}
+	if s.mode == NFTables {
+		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+		defer cancel()
+		out, err := s.lab.Host.Run(ctx, "nft", "list", "table", "ip", "bench")
+		if err != nil {
+			return err
+		}
+		return counted("dnat rules", strings.Count(out, " dnat to "), want)
 	}
 	dnat, err := s.ruleCount("-A DOCKER ", "-j DNAT")
 	if err != nil {

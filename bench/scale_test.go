@@ -51,7 +51,7 @@ func TestScaling(t *testing.T) {
 		points   []point
 		group    func(points []point) Group
 	}{
-		{"ports", []point{{4, []string{DockerIPTables, DockerProxy, Bpfnet}}},
+		{"ports", []point{{4, []string{DockerIPTables, DockerProxy, NFTables, Bpfnet}}},
 			func(p []point) Group { return scaledPorts(p, 2, "crr") }},
 		{"networks", []point{{3, []string{DockerIPTables}}}, // bpfnet's are among "endpoints"
 			func(p []point) Group { return scaledNetworks(p, "crr") }},
