@@ -207,7 +207,7 @@ func (r Report) markdown(scenario string) string {
 				if rec.Mode != mode || rec.N == 0 {
 					continue
 				}
-				text = fmt.Sprintf("%s (%s–%s)", digits(rec.Median/by), digits(rec.Min/by), digits(rec.Max/by))
+				text = rec.Spread.over(by)
 				if rec.CPU != nil {
 					text += "<br>CPU " + rec.cpu()
 				}

@@ -51,7 +51,7 @@ var scaledPlots = []struct {
 	{"networks", "crr", "Connections per second between two containers", "networks", false},
 	{"endpoints", "crr", "Connections per second between two containers", "endpoints", false},
 	{"flows", "crr", "Connections per second beside live flows", "live flows", false},
-	{"run-ports", "run", "docker run with published ports", "published ports", true},
+	{"run-ports", "start", "Time of docker run with published ports", "published ports", true},
 }
 
 // barPlots are the plots of traffic against its limit.

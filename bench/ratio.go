@@ -72,8 +72,24 @@ func (r Ratio) String() string {
 	return fmt.Sprintf("%s (%s–%s)", digits(r.Value), digits(r.Min), digits(r.Max))
 }
 
-// digits writes a number with three significant digits, and small ratios with three decimals, so that
-// those around 1 stand in line.
+// over writes median, minimum and maximum divided by a number: "126 (121–129)".
+func (s Spread) over(by float64) string {
+	return fmt.Sprintf("%s (%s–%s)", significant(s.Median/by), significant(s.Min/by), significant(s.Max/by))
+}
+
+// significant writes a value with three significant digits.
+func significant(v float64) string {
+	switch {
+	case v == 0:
+		return "0"
+	case v >= 0.9995 && v < 1.9995:
+		return fmt.Sprintf("%.2f", v)
+	}
+	return digits(v)
+}
+
+// digits writes a ratio with three significant digits, or three decimals, so that those around 1 stand in
+// line.
 func digits(v float64) string {
 	switch a := math.Abs(v); {
 	case a >= 99.95:
@@ -115,11 +131,11 @@ func inUnit(unit string, v float64) (float64, string) {
 // withUnit writes one value with its unit: "126 k/s".
 func withUnit(unit string, v float64) string {
 	by, name := inUnit(unit, v)
-	return digits(v/by) + " " + name
+	return significant(v/by) + " " + name
 }
 
 // in writes median, minimum and maximum in the unit of the median: "126 (121–129) k/s".
 func (s Spread) in(unit string) string {
 	by, name := inUnit(unit, s.Median)
-	return strings.TrimSpace(fmt.Sprintf("%s (%s–%s) %s", digits(s.Median/by), digits(s.Min/by), digits(s.Max/by), name))
+	return strings.TrimSpace(fmt.Sprintf("%s %s", s.over(by), name))
 }
