@@ -21,7 +21,7 @@ import (
 func hostOnlyGroup() Group {
 	const scenario = "host-only"
 	return Group{
-		Name: scenario, Scenarios: []string{scenario}, Modes: []string{Host, Bpfnet}, Warm: true,
+		Name: scenario, Scenarios: []string{scenario}, Modes: []string{Host, Bpfnet}, Warm: true, Quick: true,
 		Build: func(t testing.TB, o Options) []Probe {
 			paths := map[string]*site{}
 			for _, mode := range []string{Host, Bpfnet} {

@@ -28,7 +28,7 @@ const (
 	statusInterrupted = 130
 )
 
-// quickRounds and quickWindow are those of --quick, which has five minutes.
+// What a run measures unless told otherwise. --quick has five minutes, and so shorter windows.
 const (
 	rounds      = 5
 	window      = 700 * time.Millisecond
