@@ -3,10 +3,12 @@
 package load
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
-	"runtime"
+	"os"
 	"strconv"
+	"sync"
 	"time"
 )
 
@@ -58,8 +60,14 @@ func (r Result) CPU() float64 { return float64(r.CPUNs) / float64(r.Units) }
 func (r *Result) take(took, idle time.Duration) {
 	r.Seconds = took.Seconds()
 	r.Rate = float64(r.Units) / r.Seconds
-	r.CPUNs = max(0, int64(took)*int64(runtime.NumCPU())-int64(idle))
+	r.CPUNs = max(0, int64(took)*machineCPUs()-int64(idle))
 }
+
+// machineCPUs is how many CPUs the machine has, of which the process may use only some.
+var machineCPUs = sync.OnceValue(func() int64 {
+	b, _ := os.ReadFile("/proc/stat") // idle has read it
+	return int64(bytes.Count(b, []byte("\ncpu")))
+})
 
 // Parse reads what a client printed.
 func Parse(out []byte) (Result, error) {
