@@ -166,7 +166,7 @@ func (p path) probe(m meter, o Options, unreached error) Probe {
 		More: m.more,
 	}
 	if unreached != nil {
-		probe.Note = "not served by this mode: " + lastLine(unreached)
+		probe.Note = "not served by this mode: " + cause(unreached)
 		return probe
 	}
 	probe.Measure = func(ctx context.Context) (Sample, error) {
@@ -191,8 +191,11 @@ func (p path) probe(m meter, o Options, unreached error) Probe {
 	return probe
 }
 
-// lastLine is the last line of an error: of a command's, what it said itself.
-func lastLine(err error) string {
+// cause is what the generator said, without the command line that has names of this run in it.
+func cause(err error) string {
 	s := strings.TrimSpace(err.Error())
+	if _, said, found := strings.Cut(s, "worker "+load.RR+": "); found {
+		return said
+	}
 	return s[strings.LastIndexByte(s, '\n')+1:]
 }
