@@ -438,16 +438,16 @@ static __always_inline int container_ip(struct __sk_buff *skb, struct scratch *s
 			/* Whose address it is was settled when the flow was opened. */
 			if (ep && ep->ifindex == skb->ifindex && mac_equal(p->smac, ep->mac) &&
 			    ep->flags & ENDPOINT_READY) {
-				if (p->tcp_flags & (TCP_SYN | TCP_FIN))
-					flow_tcp_turn(p, f, v6);
-				return forward_fast(skb, p, f, v6);
+				flow_turn(f, p->proto, p->tcp_flags, v6);
+				return forward_slow(skb, f, false, v6);
 			}
 		}
 	}
 	return conclude(skb, v6 ? container_slow6(skb) : container_slow4(skb), v6);
 }
 
-static __always_inline int from_container_frame(struct __sk_buff *skb)
+/* Anything that did not go straight on. */
+__noinline int container_frame(struct __sk_buff *skb)
 {
 	struct scratch *s = scratch_start(HOOK_CONTAINER);
 	__be16 proto;
@@ -462,6 +462,47 @@ static __always_inline int from_container_frame(struct __sk_buff *skb)
 	if (!skb->vlan_present && proto == bpf_htons(ETH_P_IPV6))
 		return container_ip(skb, s, true);
 	return container_link(skb, &s->packet, skb->vlan_present ? 0 : proto);
+}
+
+/* A plain packet of a flow that stands: straight on. STRAIGHT_NOT, or the action. */
+static __always_inline int container_straight(struct __sk_buff *skb, const bool v6)
+{
+	struct packet p = { .hook = HOOK_CONTAINER };
+	struct config *cfg = config_get();
+	struct endpoint *ep;
+	struct flow *f;
+
+	if (!cfg || !parse_plain(skb, &p, v6))
+		return STRAIGHT_NOT;
+	f = flow_find(&p, HOOK_CONTAINER, v6);
+	if (!f || f->generation != (__u16)cfg->generation)
+		return STRAIGHT_NOT;
+	ep = endpoint_get(f->endpoint);
+	/* Whose address it is was settled when the flow was opened. */
+	if (!ep || ep->ifindex != skb->ifindex || !mac_equal(p.smac, ep->mac) ||
+	    !(ep->flags & ENDPOINT_READY))
+		return STRAIGHT_NOT;
+	flow_turn(f, p.proto, p.tcp_flags, v6);
+	return forward(skb, &p, f, false, v6);
+}
+
+/* Not in line: both families in one function need more stack than the long way leaves over. */
+__noinline int container_straight6(struct __sk_buff *skb)
+{
+	return container_straight(skb, true);
+}
+
+static __always_inline int from_container_frame(struct __sk_buff *skb)
+{
+	int action = STRAIGHT_NOT;
+
+	if (!skb->vlan_present) {
+		if (skb->protocol == bpf_htons(ETH_P_IP))
+			action = container_straight(skb, false);
+		else if (skb->protocol == bpf_htons(ETH_P_IPV6))
+			action = container_straight6(skb);
+	}
+	return action == STRAIGHT_NOT ? container_frame(skb) : action;
 }
 
 /*

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* Counters: every packet that a program judges ends in exactly one of drop() and let_go(). */
+/* Counters: every packet that a program judges ends in exactly one of drop() and count_fate(). */
 #pragma once
 
 #include "packet.h"
@@ -26,13 +26,18 @@ __noinline int drop(struct __sk_buff *skb, enum hook hook, enum reason reason)
 	return TC_ACT_SHOT;
 }
 
-__noinline int let_go(struct __sk_buff *skb, enum hook hook, enum fate fate, int action)
+static __always_inline void count_fate(struct __sk_buff *skb, enum hook hook, enum fate fate)
 {
 	__u32 key = fate * HOOK_COUNT + hook;
 	struct count *c = bpf_map_lookup_elem(&fates, &key);
 
 	if (c)
 		count_add(c, skb->len);
+}
+
+__noinline int let_go(struct __sk_buff *skb, enum hook hook, enum fate fate, int action)
+{
+	count_fate(skb, hook, fate);
 	return action;
 }
 

@@ -418,15 +418,16 @@ static __always_inline void flow_touch(struct __sk_buff *skb, const struct packe
  * The rare TCP packets that change what a flow is: a SYN on a finished flow opens it again (the same
  * tuple was reused), and the first FIN names who closed first.
  */
-static __always_inline void flow_tcp_turn(const struct packet *p, struct flow *f, const bool v6)
+static __always_inline void flow_turn_of(struct flow *f, __u8 tcp_flags, const bool v6)
 {
-	struct flow *g = flow_partner(f, p->proto, v6);
+	struct flow *g = flow_partner(f, IPPROTO_TCP, v6);
 
 	if (!g)
 		return;
-	if ((p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN) {
-		if (!((f->tcp_flags | g->tcp_flags) & (TCP_FIN | TCP_RST)))
-			return;
+	if (tcp_flags & TCP_FIN) {
+		if (!((f->tcp_flags | g->tcp_flags) & TCP_FIN))
+			f->flags |= FLOW_CLOSED_FIRST;
+	} else if ((f->tcp_flags | g->tcp_flags) & (TCP_FIN | TCP_RST)) {
 		/* The one write across directions: nobody sends on a closed connection. */
 		f->tcp_flags = 0;
 		g->tcp_flags = 0;
@@ -434,9 +435,33 @@ static __always_inline void flow_tcp_turn(const struct packet *p, struct flow *f
 		g->flags &= ~FLOW_CLOSED_FIRST;
 		g->packets = 0;
 		f->first_seen = ticks();
-	} else if (!(f->tcp_flags & TCP_FIN) && !(g->tcp_flags & TCP_FIN)) {
-		f->flags |= FLOW_CLOSED_FIRST;
 	}
+}
+
+__noinline int flow_turn4(struct flow4 *f, __u8 tcp_flags)
+{
+	if (f)
+		flow_turn_of(&f->f, tcp_flags, false);
+	return 0;
+}
+
+__noinline int flow_turn6(struct flow6 *f, __u8 tcp_flags)
+{
+	if (f)
+		flow_turn_of(&f->f, tcp_flags, true);
+	return 0;
+}
+
+/* The same for any packet of the flow: most are no turn. */
+static __always_inline void flow_turn(struct flow *f, __u8 proto, __u8 tcp_flags, const bool v6)
+{
+	if (proto != IPPROTO_TCP ||
+	    (!(tcp_flags & TCP_FIN) && (tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN))
+		return;
+	if (v6)
+		flow_turn6((struct flow6 *)f, tcp_flags);
+	else
+		flow_turn4((struct flow4 *)f, tcp_flags);
 }
 
 static __always_inline void flow_fill(struct flow *f, const struct plan *n, bool reverse,

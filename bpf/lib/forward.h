@@ -162,7 +162,7 @@ static __always_inline int forward(struct __sk_buff *skb, const struct packet *p
 		err = write_ethernet(skb, p, f, v6);
 		if (err)
 			return drop(skb, hook, -err);
-		let_go(skb, hook, FATE_CONTAINER, 0);
+		count_fate(skb, hook, FATE_CONTAINER);
 		if (hook == HOOK_HOST) {
 			skb->mark = MARK_JUDGED;
 			return bpf_redirect(ifindex, 0);
@@ -180,11 +180,11 @@ static __always_inline int forward(struct __sk_buff *skb, const struct packet *p
 		__builtin_memset(eth->h_dest, 0, 6);
 		__builtin_memset(eth->h_source, 0, 6);
 		skb->mark = MARK_JUDGED;
-		let_go(skb, hook, FATE_LO, 0);
+		count_fate(skb, hook, FATE_LO);
 		return bpf_redirect(ifindex, BPF_F_INGRESS);
 	}
 	skb->mark = MARK_JUDGED;
-	let_go(skb, hook, FATE_UPLINK, 0);
+	count_fate(skb, hook, FATE_UPLINK);
 	if (f->flags & FLOW_FIB)
 		return bpf_redirect_neigh(ifindex, NULL, 0, 0);
 	if (v6) {
@@ -211,22 +211,12 @@ __noinline int forward6(struct __sk_buff *skb, struct flow6 *f, bool rewritten)
 	return s && f ? forward(skb, &s->packet, &f->f, rewritten, true) : TC_ACT_SHOT;
 }
 
-/* The same where it is rare: one copy a family. */
+/* The same off the straight way: one copy a family. */
 static __always_inline int forward_slow(struct __sk_buff *skb, struct flow *f, bool rewritten,
 					const bool v6)
 {
 	return v6 ? forward6(skb, (struct flow6 *)f, rewritten) :
 		    forward4(skb, (struct flow4 *)f, rewritten);
-}
-
-/*
- * The fast path: IPv4 in line. IPv6 pays a call, because both in line would take more stack than the
- * slow path leaves over.
- */
-static __always_inline int forward_fast(struct __sk_buff *skb, const struct packet *p,
-					struct flow *f, const bool v6)
-{
-	return v6 ? forward6(skb, (struct flow6 *)f, false) : forward(skb, p, f, false, false);
 }
 
 /* What the slow path decides, beside the actions of TC. */
@@ -274,8 +264,7 @@ static __always_inline int conclude_of(struct __sk_buff *skb, struct scratch *s,
 	f = flow_find_slow(s, v6);
 	if (!f)
 		return drop(skb, p->hook, REASON_FLOW_TABLE_FULL);
-	if (p->tcp_flags & (TCP_SYN | TCP_FIN))
-		flow_tcp_turn(p, f, v6);
+	flow_turn(f, p->proto, p->tcp_flags, v6);
 	return forward_slow(skb, f, false, v6);
 }
 

@@ -389,3 +389,72 @@ static __always_inline int parse_ip(struct __sk_buff *skb, struct packet *p, con
 {
 	return v6 ? parse_v6(skb, p) : parse_v4(skb, p);
 }
+
+/* What the programs' straight ways return where a packet must go the long way; no action of TC. */
+#define STRAIGHT_NOT (-2)
+
+/*
+ * Reads a plain packet: Ethernet, IP without options or extension headers, whole, TCP or UDP, its headers
+ * in the linear part. False: it is something else, or malformed; the long way tells. Nothing is changed.
+ */
+static __always_inline bool parse_plain(struct __sk_buff *skb, struct packet *p, const bool v6)
+{
+	const __u32 l4 =
+		sizeof(struct ethhdr) + (v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr));
+	void *start = packet_start(skb), *end = packet_end(skb);
+	__u32 room = skb->len - l4, payload;
+	struct ethhdr *eth = start;
+	__be16 *port = start + l4;
+
+	if (start + l4 + sizeof(struct udphdr) > end)
+		return false;
+	if (v6) {
+		struct ipv6hdr *ip = start + sizeof(*eth);
+
+		if (eth->h_proto != bpf_htons(ETH_P_IPV6) || ip->version != 6)
+			return false;
+		payload = bpf_ntohs(ip->payload_len);
+		p->proto = ip->nexthdr;
+		p->ttl = ip->hop_limit;
+		__builtin_memcpy(&p->saddr, &ip->saddr, sizeof(p->saddr));
+		__builtin_memcpy(&p->daddr, &ip->daddr, sizeof(p->daddr));
+	} else {
+		struct iphdr *ip = start + sizeof(*eth);
+
+		if (eth->h_proto != bpf_htons(ETH_P_IP) || *(__u8 *)ip != 0x45 ||
+		    ip->frag_off & bpf_htons(IP_MORE_FRAGMENTS | IP_FRAGMENT_OFFSET))
+			return false;
+		payload = bpf_ntohs(ip->tot_len) - sizeof(*ip);
+		p->proto = ip->protocol;
+		p->ttl = ip->ttl;
+		if (ip->frag_off & bpf_htons(IP_DONT_FRAGMENT))
+			p->flags = PACKET_DONT_FRAGMENT;
+		addr_from_v4(&p->saddr, ip->saddr);
+		addr_from_v4(&p->daddr, ip->daddr);
+	}
+	/* Also where payload is negative. */
+	if (payload > room)
+		return false;
+	if (p->proto == IPPROTO_TCP) {
+		struct tcphdr *tcp = start + l4;
+
+		if (start + l4 + sizeof(*tcp) > end || tcp->doff < 5 || tcp->doff * 4 > payload)
+			return false;
+		p->tcp_flags = ((__u8 *)tcp)[13];
+		p->l4_header = tcp->doff * 4;
+	} else if (p->proto == IPPROTO_UDP) {
+		if (payload < sizeof(struct udphdr))
+			return false;
+		p->l4_header = sizeof(struct udphdr);
+	} else {
+		return false;
+	}
+	if (v6)
+		p->flags = PACKET_DONT_FRAGMENT;
+	p->sport = port[0];
+	p->dport = port[1];
+	p->l3 = sizeof(*eth);
+	p->l4 = l4;
+	__builtin_memcpy(p->smac, eth->h_source, 6);
+	return true;
+}

@@ -203,26 +203,19 @@ static __always_inline int uplink_ip(struct __sk_buff *skb, struct scratch *s, c
 		cfg = config_get();
 		if (f && cfg && f->generation == (__u16)cfg->generation) {
 			fragments_lost(p);
-			if (p->tcp_flags & (TCP_SYN | TCP_FIN))
-				flow_tcp_turn(p, f, v6);
-			return forward_fast(skb, p, f, v6);
+			flow_turn(f, p->proto, p->tcp_flags, v6);
+			return forward_slow(skb, f, false, v6);
 		}
 	}
 	return conclude(skb, v6 ? uplink_slow6(skb) : uplink_slow4(skb), v6);
 }
 
-static __always_inline int from_uplink_frame(struct __sk_buff *skb, __u8 hook, const bool ethernet)
+/* Anything that neither went straight on nor was plainly none of ours. */
+static __always_inline int uplink_frame_of(struct __sk_buff *skb, __u8 hook, const bool ethernet)
 {
+	struct scratch *s = scratch_start(hook);
 	__be16 proto = skb->protocol;
-	struct scratch *s;
 
-	if (skb->mark == MARK_JUDGED && hook == HOOK_HOST) {
-		skb->mark = 0;
-		return PASS;
-	}
-	if (skb->pkt_type != PACKET_HOST || skb->vlan_present)
-		return PASS;
-	s = scratch_start(hook);
 	if (!s)
 		return PASS;
 	if (ethernet)
@@ -232,6 +225,81 @@ static __always_inline int from_uplink_frame(struct __sk_buff *skb, __u8 hook, c
 	if (proto == bpf_htons(ETH_P_IPV6))
 		return uplink_ip(skb, s, true);
 	return PASS;
+}
+
+__noinline int uplink_frame(struct __sk_buff *skb, __u8 hook)
+{
+	return uplink_frame_of(skb, hook, true);
+}
+
+/* The bits of port_class that make a packet to the port ours to look at. */
+static __always_inline __u8 port_concern(const struct port_class *class, const struct packet *p)
+{
+	__u32 dport = port_index(p->dport);
+
+	return (class->ports[dport] | class->engine[dport]) &
+	       (port_bit(p->proto) | PORT_SNAT | PORT_HELD);
+}
+
+/* A plain packet that is none of ours, or of a flow that stands. STRAIGHT_NOT, or the action. */
+static __always_inline int uplink_straight(struct __sk_buff *skb, const __u8 hook, const bool v6)
+{
+	struct packet p = { .hook = hook };
+	__u32 zero = 0;
+	struct port_class *class = bpf_map_lookup_elem(&port_class, &zero);
+	struct config *cfg = config_get();
+	struct flow *f;
+
+	if (!class || !cfg || !parse_plain(skb, &p, v6))
+		return STRAIGHT_NOT;
+	if (!port_concern(class, &p) &&
+	    (hook != HOOK_UPLINK || !maybe_in_subnet(class, &p.daddr, v6)))
+		return PASS;
+	f = flow_find(&p, hook, v6);
+	if (!f || f->generation != (__u16)cfg->generation)
+		return STRAIGHT_NOT;
+	flow_turn(f, p.proto, p.tcp_flags, v6);
+	return forward(skb, &p, f, false, v6);
+}
+
+__noinline int uplink_straight4(struct __sk_buff *skb)
+{
+	return uplink_straight(skb, HOOK_UPLINK, false);
+}
+
+__noinline int host_straight4(struct __sk_buff *skb)
+{
+	return uplink_straight(skb, HOOK_HOST, false);
+}
+
+__noinline int uplink_straight6(struct __sk_buff *skb)
+{
+	return uplink_straight(skb, HOOK_UPLINK, true);
+}
+
+__noinline int host_straight6(struct __sk_buff *skb)
+{
+	return uplink_straight(skb, HOOK_HOST, true);
+}
+
+static __always_inline int from_uplink_frame(struct __sk_buff *skb, const __u8 hook,
+					     const bool ethernet)
+{
+	int action = STRAIGHT_NOT;
+
+	if (skb->mark == MARK_JUDGED && hook == HOOK_HOST) {
+		skb->mark = 0;
+		return PASS;
+	}
+	if (skb->pkt_type != PACKET_HOST || skb->vlan_present)
+		return PASS;
+	if (!ethernet)
+		return uplink_frame_of(skb, hook, false);
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		action = hook == HOOK_HOST ? host_straight4(skb) : uplink_straight4(skb);
+	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
+		action = hook == HOOK_HOST ? host_straight6(skb) : uplink_straight6(skb);
+	return action == STRAIGHT_NOT ? uplink_frame(skb, hook) : action;
 }
 
 /*
