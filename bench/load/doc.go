@@ -20,7 +20,8 @@
 // An offered rate is an open loop: exchanges are due at fixed times, and a latency is counted from when
 // the exchange was due, not from when it was sent, so that a stall is seen by all that should have been
 // sent meanwhile; one that is not sent by the end counts with the time that it has waited. Until an
-// exchange is due the client sleeps, as the server may need the CPU that they share. What the timer takes to wake it is part of the figure, and the same in every mode.
+// exchange is due the client sleeps, as the server may need the CPU that they share. What the timer takes
+// to wake it is part of the figure, and the same in every mode.
 //
 // A datagram that the server's socket has no room for counts as lost, and its buffer holds what a sender
 // can send while the server waits for its turn on a shared CPU.
