@@ -26,7 +26,7 @@ func hostOnlyGroup() Group {
 			paths := map[string]*site{}
 			for _, mode := range []string{Host, Bpfnet} {
 				o.Step("%s: build the lab of mode %s", scenario, mode)
-				paths[mode] = newSpot(t, mode, spotOpts{port: streamPort})
+				paths[mode] = newSpot(t, mode, spotOpts{port: firstOther})
 			}
 			var probes []Probe
 			families, metrics := []int{4, 6}, []string{"rr", "crr"}

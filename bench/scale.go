@@ -41,7 +41,7 @@ var sleep = []string{lab.Image, "sleep", "1000000"}
 type spotOpts struct {
 	before func(s *site) // what is made before the measured containers
 	daemon []string      // arguments of bpfnet
-	port   int           // that the server publishes; 0: loadPort
+	port   int           // that the server publishes; 0: loadPort. Servers of the host have those of servers
 	udp    bool          // for UDP too
 }
 
