@@ -379,7 +379,7 @@ func (d *Daemon) announce(ctx context.Context) error {
 	snap := d.snapshot
 	d.mu.Unlock()
 	if d.cfg.Banner != nil {
-		writeBanner(d.cfg.Banner, d.cfg, snap)
+		writeBanner(d.cfg.Banner, d.cfg.Version, d.cfg.Docker, snap)
 	}
 	if _, err := systemd.SdNotify(false, systemd.SdNotifyReady+"\nSTATUS="); err != nil {
 		d.log.Warn("notify systemd", "err", err)
@@ -456,11 +456,13 @@ func (d *Daemon) reconcileLoop(ctx context.Context) error {
 	defer tick.Stop()
 	show := time.NewTimer(time.Hour)
 	defer show.Stop()
+	showing := false // the timer runs; later news does not put it off
 	for took := time.Duration(0); ; {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-show.C:
+			showing = false
 			if err := d.showOwed(); err != nil {
 				d.log.Error("write the snapshot", "err", err)
 			}
@@ -484,10 +486,13 @@ func (d *Daemon) reconcileLoop(ctx context.Context) error {
 		began := time.Now()
 		err := d.reconcile()
 		took = time.Since(began) - d.waited
-		if d.owes() {
+		switch owes := d.owes(); {
+		case owes && !showing:
 			show.Reset(showAfter)
-		} else {
+			showing = true
+		case !owes:
 			show.Stop()
+			showing = false
 		}
 		if text := fmt.Sprint(err); err != nil && text != d.problem {
 			d.log.Error("reconcile; it goes on with the next round", "err", err)
@@ -663,9 +668,10 @@ func (d *Daemon) reconcile() (err error) {
 	// Nobody waits for this: without it, the next start begins with what the engine told before.
 	if !reflect.DeepEqual(engine, d.stored) {
 		if err := d.store.SetState(policy.SourceDocker, engine); err != nil {
-			return err
+			errs = append(errs, err)
+		} else {
+			d.stored = engine
 		}
-		d.stored = engine
 	}
 	d.relayResumes(round, devices)
 	// What the relay holds is published; what it cannot get may be another program's.
@@ -681,7 +687,7 @@ func (d *Daemon) reconcile() (err error) {
 		errs = append(errs, d.strict.apply(d.tables, devices))
 	}
 	d.known = known
-	if d.mustShow() {
+	if resync || d.mustShow() {
 		errs = append(errs, d.writeSnapshot(known))
 	} else {
 		d.owed = true

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -29,6 +30,43 @@ func TestFlushEndsWithTheDaemon(t *testing.T) {
 	require.NoError(t, d.reconcileLoop(ctx))
 	require.ErrorIs(t, <-flushed, errStopping)
 	require.ErrorIs(t, d.Flush(context.Background()), errStopping)
+}
+
+// Needs root. However much news there is, readers see what came of it in the end.
+func TestSnapshotUnderSteadyNews(t *testing.T) {
+	l := lab.New(t, lab.Opts{})
+	var d *Daemon
+	require.NoError(t, l.Host.Do(func() (err error) {
+		d, err = open(Config{Docker: "off", Flows: 1024, Paths: Paths{
+			State: filepath.Join(l.Dir, "state"), Socket: filepath.Join(l.Dir, "s.sock"), BPFFS: l.BPFFS, Cgroup: l.Cgroup,
+		}})
+		return err
+	}))
+	t.Cleanup(d.close)
+	require.NoError(t, l.Host.Do(d.reconcile))
+	first := d.snapshot
+	shown := func() bool {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		return d.snapshot != first
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var group errgroup.Group
+	group.Go(func() error { return l.Host.Do(func() error { return d.reconcileLoop(ctx) }) })
+	news := time.NewTicker(time.Millisecond)
+	defer news.Stop()
+	deadline := time.After(5 * time.Second)
+	for late := false; !late && !shown(); {
+		select {
+		case <-deadline:
+			late = true
+		case <-news.C:
+			d.wake()
+		}
+	}
+	cancel()
+	require.NoError(t, group.Wait())
+	assert.True(t, shown())
 }
 
 // Needs root. A link that is guarded while a round is under way keeps its guards: that round began

@@ -150,7 +150,7 @@ func (d *Daemon) attachments() []api.Attachment {
 }
 
 // writeBanner says what the daemon attached to and what to type next.
-func writeBanner(w io.Writer, cfg Config, s *api.Snapshot) {
+func writeBanner(w io.Writer, version, engine string, s *api.Snapshot) {
 	var uplinks, bridges []string
 	for _, a := range s.Attachments {
 		switch a.Program {
@@ -160,7 +160,7 @@ func writeBanner(w io.Writer, cfg Config, s *api.Snapshot) {
 			bridges = append(bridges, a.Device)
 		}
 	}
-	fmt.Fprintf(w, "bpfnet %s serves: uplinks %s; bridges %s; by %s\n", cfg.Version, list(uplinks), list(bridges), s.Attach)
+	fmt.Fprintf(w, "bpfnet %s serves: uplinks %s; bridges %s; by %s\n", version, list(uplinks), list(bridges), s.Attach)
 	docker := false
 	for _, src := range s.Sources {
 		if src.Name != "docker" {
@@ -168,7 +168,7 @@ func writeBanner(w io.Writer, cfg Config, s *api.Snapshot) {
 		}
 		if docker = src.Connected; docker {
 			fmt.Fprintf(w, "Docker Engine %s at %s: %d networks, %d endpoints, %d published ports\n",
-				src.Detail, cfg.Docker, len(s.Networks), len(s.Endpoints), len(s.Ports))
+				src.Detail, engine, len(s.Networks), len(s.Endpoints), len(s.Ports))
 		} else {
 			fmt.Fprintf(w, "Docker Engine: %s; it is served as soon as it answers\n", src.Detail)
 		}
