@@ -926,6 +926,11 @@ func TestFragments(t *testing.T) {
 					return h.from(alice, packet.UDP(at(a, 1), at(f.client2, 2), toGateway(alice), big))
 				})
 				same(t, "with the don't-fragment bit", packet.UDP(at(a, 1), at(f.client2, 2), toGateway(alice), packet.DontFragment(), big), r.out)
+				h.run("from_uplink_l3", packet.UDP(at(f.client2, 2), at(f.host, 9), fromOutside), skb{Ifindex: uint32(h.up)})
+				r = h.expect("the same after a packet without an Ethernet header", actPass, toStack, func() result {
+					return h.from(alice, packet.UDP(at(a, 1), at(f.client2, 2), toGateway(alice), big))
+				})
+				same(t, "with the bit again", packet.UDP(at(a, 1), at(f.client2, 2), toGateway(alice), packet.DontFragment(), big), r.out)
 				large := packet.Fragment(packet.UDP(at(a, 1), at(f.client2, 2), toGateway(alice), packet.Payload(make([]byte, 3*uplinkMTU))), 1480, 9)
 				r = h.expect("a first fragment", actPass, toStack, func() result { return h.from(alice, large[0]) })
 				require.Equal(t, []byte{0x40, 0}, r.out[20:22], "as if it were whole: else connection tracking waits for the others")

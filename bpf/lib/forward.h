@@ -86,15 +86,11 @@ static __always_inline int write_ethernet(struct __sk_buff *skb, const struct pa
  * would not come otherwise, has the sender make smaller ones, as RFC 1191 has it. A first fragment is
  * made to look whole, or connection tracking would wait for the others. 0 or negative.
  */
-__noinline int forbid_fragments(struct __sk_buff *skb)
+__noinline int forbid_fragments(struct __sk_buff *skb, __u32 l3)
 {
-	struct scratch *s = scratch_get();
-	struct iphdr *ip;
+	struct iphdr *ip = header(skb, l3, sizeof(*ip));
 	__be16 old;
 
-	if (!s)
-		return -1;
-	ip = header(skb, s->packet.l3, sizeof(*ip));
 	if (!ip)
 		return -1;
 	old = ip->frag_off;
@@ -141,7 +137,7 @@ static __always_inline int forward(struct __sk_buff *skb, const struct packet *p
 			return drop(skb, hook, REASON_TOO_BIG);
 	} else if (out == HOOK_UPLINK && f->mtu && network_size(skb, p) > f->mtu) {
 		if (!(p->flags & PACKET_DONT_FRAGMENT) &&
-		    (p->flags & PACKET_NO_L4 || forbid_fragments(skb)))
+		    (p->flags & PACKET_NO_L4 || forbid_fragments(skb, p->l3)))
 			return drop(skb, hook, REASON_TOO_BIG);
 		return to_stack(skb, hook);
 	}
