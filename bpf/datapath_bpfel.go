@@ -447,6 +447,7 @@ type DatapathScratch struct {
 		Reverse    bool
 		_          [2]byte
 	}
+	Fib   [8]uint64
 	Mark  uint32
 	Tuple struct {
 		_    structs.HostLayout

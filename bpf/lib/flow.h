@@ -68,6 +68,8 @@ struct scratch {
 	struct packet packet;
 	struct plan plan;
 	struct route_query route;
+	__u64 fib[sizeof(struct bpf_fib_lookup) /
+		  8]; /* a struct bpf_fib_lookup, which bpf2go cannot name */
 	__u32 mark; /* that the packet is judged by where the world dials a container */
 	struct bpf_sock_tuple tuple;
 	struct quoted quoted;

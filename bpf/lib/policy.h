@@ -305,7 +305,7 @@ enum route_result {
 static __always_inline int route_of(struct __sk_buff *skb, struct scratch *s, const bool v6)
 {
 	struct route_query *q = &s->route;
-	struct bpf_fib_lookup fib = {};
+	struct bpf_fib_lookup *fib = (struct bpf_fib_lookup *)s->fib;
 	struct masquerade_addr *addr;
 	struct plan *n = &s->plan;
 	bool stack_hop = false, own = false;
@@ -313,23 +313,24 @@ static __always_inline int route_of(struct __sk_buff *skb, struct scratch *s, co
 	__u32 mtu = 1; /* a packet that fits: the device's own is what comes back */
 	long err;
 
-	fib.ifindex = q->bridge;
-	fib.tot_len = 1; /* asks for the MTU */
+	__builtin_memset(fib, 0, sizeof(*fib));
+	fib->ifindex = q->bridge;
+	fib->tot_len = 1; /* asks for the MTU */
 	if (v6) {
-		fib.family = 10; /* AF_INET6 */
-		__builtin_memcpy(fib.ipv6_src, &q->from, sizeof(fib.ipv6_src));
-		__builtin_memcpy(fib.ipv6_dst, &q->to, sizeof(fib.ipv6_dst));
+		fib->family = 10; /* AF_INET6 */
+		__builtin_memcpy(fib->ipv6_src, &q->from, sizeof(fib->ipv6_src));
+		__builtin_memcpy(fib->ipv6_dst, &q->to, sizeof(fib->ipv6_dst));
 	} else {
-		fib.family = 2; /* AF_INET */
-		fib.ipv4_src = q->from.w[3];
-		fib.ipv4_dst = q->to.w[3];
+		fib->family = 2; /* AF_INET */
+		fib->ipv4_src = q->from.w[3];
+		fib->ipv4_dst = q->to.w[3];
 	}
-	err = bpf_fib_lookup(skb, &fib, sizeof(fib),
+	err = bpf_fib_lookup(skb, fib, sizeof(*fib),
 			     BPF_FIB_LOOKUP_SKIP_NEIGH | (q->want_source ? BPF_FIB_LOOKUP_SRC : 0));
 	if (err == -EINVAL) { /* before Linux 6.7 */
-		err = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
-		if (fib.mtu_result == 1)
-			fib.mtu_result = 0; /* no neighbour yet: it did not come to the MTU */
+		err = bpf_fib_lookup(skb, fib, sizeof(*fib), 0);
+		if (fib->mtu_result == 1)
+			fib->mtu_result = 0; /* no neighbour yet: it did not come to the MTU */
 		own = q->want_source;
 	}
 	if (err >= BPF_FIB_LKUP_RET_BLACKHOLE && err <= BPF_FIB_LKUP_RET_FWD_DISABLED)
@@ -337,15 +338,15 @@ static __always_inline int route_of(struct __sk_buff *skb, struct scratch *s, co
 	if (err != BPF_FIB_LKUP_RET_SUCCESS && err != BPF_FIB_LKUP_RET_NO_NEIGH)
 		return ROUTE_NONE;
 	if (v6) {
-		__builtin_memcpy(&hop, fib.ipv6_dst, sizeof(hop));
-		__builtin_memcpy(&q->source, fib.ipv6_src, sizeof(q->source));
+		__builtin_memcpy(&hop, fib->ipv6_dst, sizeof(hop));
+		__builtin_memcpy(&q->source, fib->ipv6_src, sizeof(q->source));
 	} else {
-		stack_hop = fib.family != 2; /* IPv4 through an IPv6 hop, RFC 5549 */
-		addr_from_v4(&hop, fib.ipv4_dst);
-		addr_from_v4(&q->source, fib.ipv4_src);
+		stack_hop = fib->family != 2; /* IPv4 through an IPv6 hop, RFC 5549 */
+		addr_from_v4(&hop, fib->ipv4_dst);
+		addr_from_v4(&q->source, fib->ipv4_src);
 	}
 	if (own) {
-		addr = bpf_map_lookup_elem(&masquerade_addrs, &fib.ifindex);
+		addr = bpf_map_lookup_elem(&masquerade_addrs, &fib->ifindex);
 		if (!addr || (v6 ? addr_is_zero(&addr->addr6) : !addr->addr4))
 			return ROUTE_NONE;
 		if (v6)
@@ -357,18 +358,18 @@ static __always_inline int route_of(struct __sk_buff *skb, struct scratch *s, co
 	 * The device's: what the host has learned of the path beyond does not bind the stack when it
 	 * forwards, so it would send on untranslated what is only to be answered.
 	 */
-	if (!bpf_check_mtu(skb, fib.ifindex, &mtu, 0, 0) && mtu <= 0xffff)
-		fib.mtu_result = mtu;
+	if (!bpf_check_mtu(skb, fib->ifindex, &mtu, 0, 0) && mtu <= 0xffff)
+		fib->mtu_result = mtu;
 	if (q->reverse) {
-		n->reverse_ifindex = fib.ifindex;
+		n->reverse_ifindex = fib->ifindex;
 		n->reverse_nexthop = hop;
-		n->reverse_mtu = fib.mtu_result;
+		n->reverse_mtu = fib->mtu_result;
 		if (stack_hop)
 			n->reverse_flags |= FLOW_FIB;
 	} else {
-		n->ifindex = fib.ifindex;
+		n->ifindex = fib->ifindex;
 		n->nexthop = hop;
-		n->mtu = fib.mtu_result;
+		n->mtu = fib->mtu_result;
 		if (stack_hop)
 			n->flags |= FLOW_FIB;
 	}
