@@ -75,7 +75,7 @@ func portsProbes(t testing.TB, standing *dockerHost, all, more []int) []Probe {
 	}
 	var probes []Probe
 	for _, n := range counts {
-		p := Probe{Key: Key{Scenario: RunPorts, Mode: mode, Metric: "run", At: n}, Unit: "s"}
+		p := Probe{Key: Key{Scenario: RunPorts, Mode: mode, Metric: "start", At: n}, Unit: "s"}
 		measure := func(ctx context.Context) (started, error) { return standing.run(ctx, t, n, true) }
 		if rules && n >= slowFrom {
 			measure = func(ctx context.Context) (s started, err error) {
@@ -113,9 +113,10 @@ type scope struct {
 
 func (s *scope) Cleanup(f func()) { s.undo = append(s.undo, f) }
 
+// end runs all of it, also where one ends the test.
 func (s *scope) end() {
-	for i := len(s.undo) - 1; i >= 0; i-- {
-		s.undo[i]()
+	for _, undo := range s.undo {
+		defer undo()
 	}
 	s.undo = nil
 }

@@ -52,7 +52,7 @@ func TestCrowd(t *testing.T) {
 func TestEngines(t *testing.T) {
 	got := measureAll(t, enginesGroupOf([]int{5}, nil, time.Millisecond))
 	for _, mode := range engineModes {
-		start := got[Key{Scenario: RunPorts, Mode: mode, Metric: "run", At: 5}]
+		start := got[Key{Scenario: RunPorts, Mode: mode, Metric: "start", At: 5}]
 		require.Positive(t, start, mode)
 		if mode != Engine {
 			require.Greater(t, got[Key{Scenario: RunPorts, Mode: mode, Metric: "answers", At: 5}], start, mode)

@@ -4,6 +4,7 @@ package bench
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -115,10 +116,15 @@ func Run(ctx context.Context, s *lab.Session, groups []Group, o Options, done fu
 		}
 	}
 	run := progress{groups: len(wanted), start: time.Now(), now: time.Now}
+	written := 0
+	write := func(r Record) error {
+		written++
+		return done(r)
+	}
 	for i, g := range wanted {
 		run.group, run.steps, run.taken = i, 0, 0
 		var err error
-		failed := s.Do(ctx, o.Log, func(t testing.TB) { err = runGroup(ctx, t, g, o, &run, done) })
+		failed := s.Do(ctx, o.Log, func(t testing.TB) { err = runGroup(ctx, t, g, o, &run, write) })
 		if ctx.Err() != nil {
 			return context.Cause(ctx) // whatever else went wrong is of it
 		}
@@ -128,6 +134,9 @@ func Run(ctx context.Context, s *lab.Session, groups []Group, o Options, done fu
 		if err != nil {
 			return fmt.Errorf("%s: %w", g.Name, err)
 		}
+	}
+	if written == 0 {
+		return errors.New("nothing was measured: a quick run leaves out what was asked for; leave out --quick")
 	}
 	return nil
 }

@@ -40,6 +40,9 @@ func scaledFlows(points []point, room int, metrics ...string) Group {
 		p := s.path("published", 4)
 		p.serve(t)
 		p.openFlows(t, at)
+		if err := s.hasFlows(at); err != nil { // before crr leaves some of its own
+			t.Fatal(err)
+		}
 		stands := func() error { return s.hasFlows(at) }
 		note := "each of the other flows is one UDP datagram from the client to the same port, not answered, and kept by a timeout of a day"
 		if mode == Bpfnet {

@@ -134,12 +134,13 @@ func (m meter) quick(scenario string) bool {
 	return m.metric == "rr" || m.metric == "crr" || m.metric == "stream1" && scenario == "container-container"
 }
 
-// settle waits until the path serves. Docker's own modes may not serve some: the error says how it
-// shows. All others must.
+// settle waits until the path serves. Docker's own modes may not serve what the host or a neighbour dials by
+// the host's addresses: the error says how it shows. All else must.
 func (p path) settle(t testing.TB) error {
 	t.Helper()
 	patience := 10 * time.Second
-	docker := slices.Contains([]string{DockerIPTables, DockerProxy, NFTables}, p.mode)
+	docker := slices.Contains([]string{DockerIPTables, DockerProxy, NFTables}, p.mode) &&
+		(p.scenario == "host-published" || p.scenario == "hairpin")
 	if docker {
 		patience = 4 * time.Second
 	}
