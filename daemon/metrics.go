@@ -13,18 +13,31 @@ import (
 func (d *Daemon) metricsOptions() metrics.Options {
 	return metrics.Options{
 		Version: d.cfg.Version, Counters: d.loader.Maps(), Rounds: d.rounds, Limit: d.cfg.MetricsLimit, Log: d.log,
-		Snapshot: func() *api.Snapshot {
-			d.mu.Lock()
-			defer d.mu.Unlock()
-			return d.snapshot
-		},
-		Relay: func() (*metrics.Relay, error) { return relayMetrics(d.cfg.State) },
+		Snapshot: d.liveSnapshot,
+		Relay:    func() (*metrics.Relay, error) { return relayMetrics(d.cfg.State) },
 	}
 }
 
+// liveSnapshot is the last snapshot with what the sources say now: one that is lost makes no round.
+func (d *Daemon) liveSnapshot() *api.Snapshot {
+	d.mu.Lock()
+	s := d.snapshot
+	d.mu.Unlock()
+	if s == nil {
+		return nil
+	}
+	live := *s
+	live.Sources = d.sources(s.Written)
+	return &live
+}
+
+// relayWithin is how long a scrape waits for the relay: whoever scrapes waits for ten seconds at most, and
+// all else is to be shown.
+const relayWithin = time.Second
+
 // relayMetrics asks the relay itself: it outlives daemons.
 func relayMetrics(dir string) (*metrics.Relay, error) {
-	st, err := relay.Ask(dir)
+	st, err := relay.AskWithin(dir, relayWithin)
 	if st == nil || err != nil {
 		return nil, err
 	}

@@ -98,15 +98,7 @@ func (d *Daemon) writeSnapshot(state policy.State) error {
 		s.Problems = append(s.Problems, api.Problem{Network: p.Network, Setting: p.Setting, Problem: p.Text, Instead: p.Instead})
 	}
 	s.Attachments = d.attachments()
-	if d.docker != nil {
-		st := d.docker.Status()
-		detail := st.Version
-		if !st.Connected {
-			detail = st.LastError
-		}
-		s.Sources = append(s.Sources, api.Source{Name: "docker", Connected: st.Connected, Detail: detail, LastSync: st.LastSync})
-	}
-	s.Sources = append(s.Sources, api.Source{Name: "netlink", Connected: true, LastSync: s.Written})
+	s.Sources = d.sources(s.Written)
 	slices.SortFunc(s.Networks, func(a, b api.Network) int { return strings.Compare(a.Name, b.Name) })
 	slices.SortFunc(s.Endpoints, func(a, b api.Endpoint) int {
 		return cmp.Or(strings.Compare(a.Name, b.Name), strings.Compare(a.Network, b.Network))
@@ -119,6 +111,18 @@ func (d *Daemon) writeSnapshot(state policy.State) error {
 	d.snapshot, d.published, d.closed = s, d.applied.Ports, d.applied.Closed
 	d.mu.Unlock()
 	return nil
+}
+
+func (d *Daemon) sources(looked time.Time) (out []api.Source) {
+	if d.docker != nil {
+		st := d.docker.Status()
+		detail := st.Version
+		if !st.Connected {
+			detail = st.LastError
+		}
+		out = append(out, api.Source{Name: "docker", Connected: st.Connected, Detail: detail, LastSync: st.LastSync})
+	}
+	return append(out, api.Source{Name: "netlink", Connected: true, LastSync: looked})
 }
 
 func (d *Daemon) attachments() []api.Attachment {

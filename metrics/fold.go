@@ -35,6 +35,7 @@ type row struct {
 // others goes: they add up what each has counted since the last look.
 type fold struct {
 	shown map[string]bool
+	begun bool
 	last  map[string]counts // of the others
 	sums  map[string]*row   // of the others, by the labels that they keep
 }
@@ -58,6 +59,14 @@ func (f *fold) bound(rows []row, limit, keep int) (out []row, over int) {
 	for id := range f.last {
 		if !alive[id] {
 			delete(f.last, id)
+		}
+	}
+	if !f.begun { // what was counted before the first look was summed by nobody
+		f.begun = true
+		for i, r := range rows {
+			if i >= limit {
+				f.last[r.id] = r.n
+			}
 		}
 	}
 	for g := range f.sums {

@@ -179,6 +179,9 @@ func TestGrafana(t *testing.T) {
 			check(r.Alert, r.Expr)
 			assert.Contains(t, []string{"critical", "warning", "info"}, r.Labels["severity"], r.Alert)
 			assert.NotEmpty(t, r.Annotations["summary"], r.Alert)
+			if strings.Contains(r.Annotations["summary"], "$value | humanizeDuration") {
+				assert.Regexp(t, `^time\(\)`, r.Expr, "%s: the left side of `and` is the value", r.Alert)
+			}
 			assert.Contains(t, string(operations), "| `"+r.Alert+"` |", "docs/operations.md says what to do about an alert")
 		}
 	}

@@ -191,8 +191,8 @@ func TestLimit(t *testing.T) {
 	c := New(o)
 	text := scrapeText(t, c)
 	assert.Contains(t, text, `bpfnet_endpoint_receive_packets_total{container="db",network="back"} 1`)
-	assert.Contains(t, text, `bpfnet_endpoint_receive_packets_total{container="_other",network="back"} 2`)
-	assert.Contains(t, text, `bpfnet_endpoint_receive_packets_total{container="_other",network="front"} 3`)
+	assert.Contains(t, text, `bpfnet_endpoint_receive_packets_total{container="_other",network="back"} 0`, "their past is not the sum's")
+	assert.Contains(t, text, `bpfnet_endpoint_receive_packets_total{container="_other",network="front"} 0`)
 	assert.Contains(t, text, `bpfnet_metrics_folded{kind="container"} 2`)
 	c.SetLimit(10)
 	text = scrapeText(t, c)
@@ -221,6 +221,29 @@ func TestFold(t *testing.T) {
 	assert.Equal(t, want{"b": 6, Other: 118}, step(r("b", 6), r("c", 2)), "c's counter began anew")
 	assert.Equal(t, want{"c": 3, Other: 118}, step(r("c", 3), r("a", 0)), "b's place is free")
 	assert.Equal(t, want{}, step(), "the network is gone")
+
+	f = fold{} // a new daemon over old maps
+	assert.Equal(t, want{"a": 10, Other: 0}, step(r("a", 10), r("b", 6)))
+	assert.Equal(t, want{"a": 10, Other: 3}, step(r("a", 10), r("b", 7), r("c", 2)))
+}
+
+func TestListenFamilies(t *testing.T) {
+	l, err := Listen(netip.MustParseAddrPort("0.0.0.0:0"))
+	require.NoError(t, err)
+	defer l.Close()
+	port := l.Addr().(*net.TCPAddr).Port
+	_, err = net.Dial("tcp", fmt.Sprintf("[::1]:%d", port))
+	require.ErrorIs(t, err, syscall.ECONNREFUSED)
+	c, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+	require.NoError(t, err)
+	c.Close()
+
+	all, err := Listen(netip.MustParseAddrPort("[::]:0"))
+	require.NoError(t, err)
+	defer all.Close()
+	c, err = net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", all.Addr().(*net.TCPAddr).Port))
+	require.NoError(t, err, "[::] is all addresses")
+	c.Close()
 }
 
 func TestTakenNamesTheOwner(t *testing.T) {

@@ -64,7 +64,11 @@ func (e *TakenError) Unwrap() error { return syscall.EADDRINUSE }
 
 // Listen binds the metrics' address; the error is a *TakenError where another process has it.
 func Listen(addr netip.AddrPort) (net.Listener, error) {
-	l, err := net.Listen("tcp", addr.String())
+	network := "tcp" // [::] is all addresses
+	if addr.Addr().Is4() {
+		network = "tcp4" // else 0.0.0.0 would be all of them too
+	}
+	l, err := net.Listen(network, addr.String())
 	switch {
 	case err == nil:
 		return l, nil

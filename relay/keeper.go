@@ -281,7 +281,7 @@ func (k *Keeper) replace() error {
 	var fds []int
 	defer func() { closeFiles(fds) }()
 	for part := range slices.Chunk(list, maxFiles) {
-		a, got, err := exchange(old, request{Op: opTake, Ports: part}, nil)
+		a, got, err := exchange(old, request{Op: opTake, Ports: part}, nil, askTimeout)
 		fds = append(fds, got...)
 		if err != nil {
 			return err
@@ -310,7 +310,7 @@ func (k *Keeper) replace() error {
 		}
 	}
 	defer old.Close()
-	if _, _, err := exchange(old, request{Op: opRetire}, nil); err != nil {
+	if _, _, err := exchange(old, request{Op: opRetire}, nil, askTimeout); err != nil {
 		return fmt.Errorf("end the former relay: %w", err)
 	}
 	return nil
@@ -369,7 +369,7 @@ func (k *Keeper) unwatch() {
 
 // ask is one exchange with the relay. After an error of the connection no relay is known.
 func (k *Keeper) ask(q request, fds []int) (answer, error) {
-	a, got, err := exchange(k.conn, q, fds)
+	a, got, err := exchange(k.conn, q, fds, askTimeout)
 	closeFiles(got)
 	if err != nil {
 		k.forget()
@@ -381,8 +381,8 @@ func (k *Keeper) ask(q request, fds []int) (answer, error) {
 	return a, nil
 }
 
-func exchange(c *net.UnixConn, q request, fds []int) (a answer, got []int, err error) {
-	_ = c.SetDeadline(time.Now().Add(askTimeout))
+func exchange(c *net.UnixConn, q request, fds []int, within time.Duration) (a answer, got []int, err error) {
+	_ = c.SetDeadline(time.Now().Add(within))
 	if err := send(c, q, fds); err != nil {
 		return a, nil, err
 	}
@@ -400,13 +400,16 @@ func dial(dir string) (*net.UnixConn, error) {
 }
 
 // Ask returns how the relay of a directory does; nil: there is none.
-func Ask(dir string) (*State, error) {
+func Ask(dir string) (*State, error) { return AskWithin(dir, askTimeout) }
+
+// AskWithin is Ask for those who cannot wait until a relay has started.
+func AskWithin(dir string, within time.Duration) (*State, error) {
 	c, err := dial(dir)
 	if c == nil || err != nil {
 		return nil, err
 	}
 	defer c.Close()
-	a, got, err := exchange(c, request{Op: opAsk}, nil)
+	a, got, err := exchange(c, request{Op: opAsk}, nil, within)
 	closeFiles(got)
 	if err != nil {
 		return nil, fmt.Errorf("ask the relay: %w", err)
@@ -423,7 +426,7 @@ func End(dir, cgroup string) error {
 		return err
 	}
 	if c != nil {
-		_, got, err := exchange(c, request{Op: opStop}, nil)
+		_, got, err := exchange(c, request{Op: opStop}, nil, askTimeout)
 		closeFiles(got)
 		if err == nil {
 			_, _ = c.Read(make([]byte, 1)) // until it has closed

@@ -415,14 +415,14 @@ func TestRetire(t *testing.T) {
 	conn, err := dial(dir)
 	require.NoError(t, err)
 	defer conn.Close()
-	a, fds, err := exchange(conn, request{Op: opTake, Ports: []Port{{Key: key}}}, nil)
+	a, fds, err := exchange(conn, request{Op: opTake, Ports: []Port{{Key: key}}}, nil, soon)
 	require.NoError(t, err)
 	require.Len(t, fds, 1)
 	require.Equal(t, []Port{{key, to}}, a.Ports)
 	successor := New(Limits{})
 	defer successor.Close()
 	require.NoError(t, successor.Add(a.Ports[0], fds[0]))
-	_, _, err = exchange(conn, request{Op: opRetire}, nil)
+	_, _, err = exchange(conn, request{Op: opRetire}, nil, soon)
 	require.NoError(t, err)
 
 	young := dialTCP(t, key)
@@ -463,7 +463,7 @@ func TestBadRequests(t *testing.T) {
 	require.NoError(t, err)
 	defer unix.Close(fd)
 	for _, q := range []request{{Op: "dance"}, {Op: opAdd, Ports: make([]Port, 2)}, {Op: opAdd, Ports: make([]Port, 1)}} {
-		a, _, err := exchange(c, q, []int{fd})
+		a, _, err := exchange(c, q, []int{fd}, soon)
 		require.NoError(t, err)
 		require.NotEmpty(t, a.Error)
 	}
