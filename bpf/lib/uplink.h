@@ -232,29 +232,56 @@ __noinline int uplink_frame(struct __sk_buff *skb, __u8 hook)
 	return uplink_frame_of(skb, hook, true);
 }
 
-/* The bits of port_class that make a packet to the port ours to look at. */
-static __always_inline __u8 port_concern(const struct port_class *class, const struct packet *p)
+/*
+ * Whether a packet without options or extensions is none of ours, by its port and the class of its
+ * address. In line: it is all that the host's own traffic pays.
+ */
+static __always_inline bool uplink_foreign(struct __sk_buff *skb, const __u8 hook, const bool v6)
 {
-	__u32 dport = port_index(p->dport);
+	const __u32 l4 =
+		sizeof(struct ethhdr) + (v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr));
+	void *start = packet_start(skb), *end = packet_end(skb);
+	__be16 *port = start + l4;
+	__u32 zero = 0, dport;
+	struct port_class *class;
+	struct addr daddr = {};
+	__u8 proto;
 
-	return (class->ports[dport] | class->engine[dport]) &
-	       (port_bit(p->proto) | PORT_SNAT | PORT_HELD);
+	if (start + l4 + sizeof(struct udphdr) > end)
+		return false;
+	if (v6) {
+		struct ipv6hdr *ip = start + sizeof(struct ethhdr);
+
+		proto = ip->nexthdr;
+		daddr.w[0] = ip->daddr.in6_u.u6_addr32[0];
+	} else {
+		struct iphdr *ip = start + sizeof(struct ethhdr);
+
+		if (*(__u8 *)ip != 0x45 ||
+		    ip->frag_off & bpf_htons(IP_MORE_FRAGMENTS | IP_FRAGMENT_OFFSET))
+			return false;
+		proto = ip->protocol;
+		daddr.w[3] = ip->daddr;
+	}
+	if (proto != IPPROTO_TCP && proto != IPPROTO_UDP)
+		return false;
+	dport = port_index(port[1]);
+	class = bpf_map_lookup_elem(&port_class, &zero);
+	return class &&
+	       !((class->ports[dport] | class->engine[dport]) &
+		 (port_bit(proto) | PORT_SNAT | PORT_HELD)) &&
+	       (hook != HOOK_UPLINK || !maybe_in_subnet(class, &daddr, v6));
 }
 
-/* A plain packet that is none of ours, or of a flow that stands. STRAIGHT_NOT, or the action. */
+/* A plain packet of a flow that stands; others were told by uplink_foreign(). STRAIGHT_NOT, or the action. */
 static __always_inline int uplink_straight(struct __sk_buff *skb, const __u8 hook, const bool v6)
 {
 	struct packet p = { .hook = hook };
-	__u32 zero = 0;
-	struct port_class *class = bpf_map_lookup_elem(&port_class, &zero);
 	struct config *cfg = config_get();
 	struct flow *f;
 
-	if (!class || !cfg || !parse_plain(skb, &p, v6))
+	if (!cfg || !parse_plain(skb, &p, v6))
 		return STRAIGHT_NOT;
-	if (!port_concern(class, &p) &&
-	    (hook != HOOK_UPLINK || !maybe_in_subnet(class, &p.daddr, v6)))
-		return PASS;
 	f = flow_find(&p, hook, v6);
 	if (!f || f->generation != (__u16)cfg->generation)
 		return STRAIGHT_NOT;
@@ -295,6 +322,10 @@ static __always_inline int from_uplink_frame(struct __sk_buff *skb, const __u8 h
 		return PASS;
 	if (!ethernet)
 		return uplink_frame_of(skb, hook, false);
+	if (skb->protocol == bpf_htons(ETH_P_IP) ?
+		    uplink_foreign(skb, hook, false) :
+		    skb->protocol == bpf_htons(ETH_P_IPV6) && uplink_foreign(skb, hook, true))
+		return PASS;
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		action = hook == HOOK_HOST ? host_straight4(skb) : uplink_straight4(skb);
 	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
