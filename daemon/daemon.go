@@ -42,6 +42,8 @@ const (
 	// showAfter is how long readers wait for what makes no difference to packets, such as the reason why an
 	// endpoint is not READY.
 	showAfter = 30 * time.Millisecond
+	// showWithin is how long they wait at most for what the maps hold, where one round follows another.
+	showWithin = 100 * time.Millisecond
 	// sourceWait is how long readiness waits for the engine's first full state.
 	sourceWait = 5 * time.Second
 	// reservationWait is how long an engine's bare reservation socket is kept from the world.
@@ -116,15 +118,17 @@ type Daemon struct {
 	relayed  map[policy.PortKey]bool   // what the relay holds
 	unheld   map[policy.PortKey]string // what it does not, and why
 	changed  bool                      // the maps hold what the snapshot does not tell of
-	waited   time.Duration             // by the last round, for the kernel: whoever moves a device holds everybody up
-	known    policy.State              // of the last round, with what was added by hand
-	owed     bool                      // the last round has left the snapshot to be written later
-	problem  string                    // of the last round, so that it is logged once
-	wrong    map[policy.Problem]bool   // of settings, as of the last round
-	sockets  string                    // what last kept sockets from being ended, likewise
-	snapshot *api.Snapshot
-	stored   policy.State // Docker's, as the store has it
-	seats    map[seat]policy.MAC
+	// Since when, as of the end of a round that left it so.
+	changedAt time.Time
+	waited    time.Duration           // by the last round, for the kernel: whoever moves a device holds everybody up
+	known     policy.State            // of the last round, with what was added by hand
+	owed      bool                    // the last round has left the snapshot to be written later
+	problem   string                  // of the last round, so that it is logged once
+	wrong     map[policy.Problem]bool // of settings, as of the last round
+	sockets   string                  // what last kept sockets from being ended, likewise
+	snapshot  *api.Snapshot
+	stored    policy.State // Docker's, as the store has it
+	seats     map[seat]policy.MAC
 }
 
 // Run runs the daemon until ctx ends. The network runs on afterwards. An error before it serves means
@@ -452,6 +456,11 @@ func (d *Daemon) watch(ctx context.Context, events <-chan netdev.Event) error {
 
 func (d *Daemon) reconcileLoop(ctx context.Context) error {
 	defer close(d.over)
+	defer func() {
+		if err := d.showOwed(); err != nil {
+			d.log.Error("write the snapshot", "err", err)
+		}
+	}()
 	tick := time.NewTicker(resyncEvery)
 	defer tick.Stop()
 	show := time.NewTimer(time.Hour)
@@ -604,6 +613,7 @@ func (d *Daemon) reconcile() (err error) {
 	}()
 	if resync {
 		errs = append(errs, d.writer.Resync())
+		d.devices.Forget()
 	}
 	// Before the look at the devices: what is attached after it, to a device that this round does not
 	// know, is for the next round to judge.
@@ -619,6 +629,7 @@ func (d *Daemon) reconcile() (err error) {
 	if err != nil {
 		return err
 	}
+	engine, state = d.latest(engine, state)
 	byHand, err := d.byHand(devices, state)
 	errs = append(errs, err)
 	state.Endpoints = slices.Concat(state.Endpoints, byHand)
@@ -711,11 +722,18 @@ func (d *Daemon) owes() bool {
 	return d.owed
 }
 
-// mustShow reports whether readers are to see this round's state at once. Most rounds change nothing.
+// mustShow reports whether readers are to see this round's state at once. Most rounds change nothing. Where
+// the next round has its news already, that comes first, as long as readers do not wait for long.
 func (d *Daemon) mustShow() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.changed || d.waiting > 0 || d.snapshot == nil
+	if d.waiting > 0 || d.snapshot == nil || !d.changed {
+		return d.waiting > 0 || d.snapshot == nil
+	}
+	if d.changedAt.IsZero() {
+		d.changedAt = time.Now()
+	}
+	return len(d.urgent)+len(d.kick) == 0 || time.Since(d.changedAt) > showWithin
 }
 
 // report logs what is wrong with the settings, each once as long as it is.
@@ -728,6 +746,18 @@ func (d *Daemon) report() {
 		}
 	}
 	d.wrong = now
+}
+
+// latest is what has been told since the round began: the look at the devices may have waited for the
+// engine, which holds the kernel's lock on them. Only endpoints and ports may differ: the devices were
+// looked at for the networks of before.
+func (d *Daemon) latest(engine, state policy.State) (policy.State, policy.State) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if e, s := d.state(); reflect.DeepEqual(s.Networks, state.Networks) {
+		return e, s
+	}
+	return engine, state
 }
 
 // state is the engine's, and that with our own. The caller holds d.mu.

@@ -106,7 +106,7 @@ func (d *Daemon) writeSnapshot(state policy.State) error {
 	if err := api.WriteSnapshot(d.cfg.State, s); err != nil {
 		return err
 	}
-	d.changed, d.owed = false, false
+	d.changed, d.owed, d.changedAt = false, false, time.Time{}
 	d.mu.Lock()
 	d.snapshot, d.published, d.closed = s, d.applied.Ports, d.applied.Closed
 	d.mu.Unlock()

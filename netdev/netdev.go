@@ -48,6 +48,9 @@ type Devices struct {
 	deleting *netlink.Handle
 	uplinks  []string
 
+	tableMu sync.Mutex
+	table   *table
+
 	mu    sync.Mutex
 	asked map[int]peer // by the index of the near end, as of the last snapshot
 }
@@ -87,6 +90,9 @@ func (d *Devices) open() (err error) {
 	if d.deleting, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
 		return err
 	}
+	if d.table, err = openTable(); err != nil {
+		return err
+	}
 	sock, err := nl.Subscribe(unix.NETLINK_ROUTE)
 	if err != nil {
 		return err
@@ -105,6 +111,11 @@ func (d *Devices) Close() {
 	if d.queries != nil {
 		d.queries.Close()
 	}
+	if d.table != nil {
+		d.tableMu.Lock()
+		d.table.sock.Close()
+		d.tableMu.Unlock()
+	}
 	if d.ns != nil {
 		d.ns.Close()
 	}
@@ -117,7 +128,7 @@ func (d *Devices) Close() {
 // one, unless settled says of the near end that the MAC of the last snapshot will do: it can change
 // between the making of a container's link and its start. Optional: nothing is settled.
 func (d *Devices) Snapshot(served map[string]bool, settled func(ifindex int) bool) (policy.Devices, error) {
-	links, err := d.links()
+	links, err := d.current()
 	if err != nil {
 		return policy.Devices{}, err
 	}
@@ -236,11 +247,16 @@ func (d *Devices) getLink(flags, ifindex int, more ...nl.NetlinkRequestData) ([]
 }
 
 func (d *Devices) addrs() ([]address, error) {
-	list, err := retry("list addresses", func() ([]netlink.Addr, error) {
-		return d.handle.AddrList(nil, netlink.FAMILY_ALL)
-	})
-	if err != nil {
-		return nil, err
+	var list []netlink.Addr
+	// One by one: from Linux 6.9 on, only a dump of all families waits for the kernel's lock on devices.
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		part, err := retry("list addresses", func() ([]netlink.Addr, error) {
+			return d.handle.AddrList(nil, family)
+		})
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, part...)
 	}
 	addrs := make([]address, 0, len(list))
 	for _, a := range list {
