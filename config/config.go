@@ -5,9 +5,11 @@
 package config
 
 import (
+	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"strconv"
 	"strings"
@@ -75,12 +77,20 @@ func (e *Error) Error() string {
 // Parse reads a file. What is wrong with single keys is joined as *[Error]s, and the others are returned
 // with it. Near finds the names nearest to one that is unknown.
 func Parse(file string, raw []byte, keys []Key, near func(name string, names []string) []string) (map[string]Value, error) {
-	var doc yaml.Node
-	if err := yaml.Unmarshal(raw, &doc); err != nil {
+	var doc, more yaml.Node
+	out := make(map[string]Value)
+	docs := yaml.NewDecoder(bytes.NewReader(raw))
+	if err := docs.Decode(&doc); errors.Is(err, io.EOF) {
+		return out, nil
+	} else if err != nil {
 		return nil, syntax(file, err)
 	}
-	out := make(map[string]Value)
-	if len(doc.Content) == 0 { // empty
+	if err := docs.Decode(&more); err == nil {
+		return nil, &Error{File: file, Line: more.Line, Problem: "a second YAML document; put all keys into the first"}
+	} else if !errors.Is(err, io.EOF) {
+		return nil, syntax(file, err)
+	}
+	if len(doc.Content) == 0 {
 		return out, nil
 	}
 	top := doc.Content[0]
@@ -155,7 +165,13 @@ func read(n *yaml.Node, kind Kind) (words []string, problem string) {
 		if n.Kind != yaml.MappingNode {
 			return nil, want
 		}
+		lines := make(map[string]int)
 		for i := 0; i+1 < len(n.Content); i += 2 {
+			name := n.Content[i]
+			if first, twice := lines[name.Value]; twice {
+				return nil, fmt.Sprintf("%s a second time; the first is in line %d", name.Value, first)
+			}
+			lines[name.Value] = name.Line
 			w, bad := scalar(n.Content[i+1], "behind "+n.Content[i].Value+", want a text, have "+describe(n.Content[i+1]))
 			if bad != "" {
 				return nil, bad

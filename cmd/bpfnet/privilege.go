@@ -77,10 +77,10 @@ func (a *App) findCgroup() (string, error) {
 	if dir := a.paths.Cgroup; dir != "" {
 		var fs unix.Statfs_t
 		if err := unix.Statfs(dir, &fs); err != nil {
-			return "", fmt.Errorf("--cgroup %s: %w", dir, err)
+			return "", a.located(fmt.Errorf("--cgroup %s: %w", dir, err))
 		}
 		if fs.Type != unix.CGROUP2_SUPER_MAGIC {
-			return "", fmt.Errorf("--cgroup %s: not a directory of cgroup2; name one below its mount", dir)
+			return "", a.located(fmt.Errorf("--cgroup %s: not a directory of cgroup2; name one below its mount", dir))
 		}
 		return filepath.Clean(dir), nil
 	}

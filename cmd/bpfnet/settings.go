@@ -87,6 +87,9 @@ func (a *App) configure(cmd *cobra.Command) error {
 	if cmd.Parent() != nil && cmd.Parent().Name() == "config" {
 		return nil // asks by itself
 	}
+	if usesNoPath(cmd) {
+		return nil // and works whatever the file is like
+	}
 	isDaemon := cmd.Parent() == root && cmd.Name() == "daemon"
 	keys, flags := keysOf(root)
 	env := make(map[string]string)
@@ -96,8 +99,13 @@ func (a *App) configure(cmd *cobra.Command) error {
 		}
 	}
 	file, err := a.readFile(root, env, keys)
-	var broken *config.Error
-	if err != nil && (isDaemon || !errors.As(err, &broken) || broken.Key == "") {
+	if !isDaemon {
+		err = keepErrors(err, func(e *config.Error) bool {
+			flag, known := flags[e.Key]
+			return e.Key == "" || known && !flag.Changed && env[config.Variable(e.Key)] == "" && root.PersistentFlags().Lookup(e.Key) != nil
+		})
+	}
+	if err != nil {
 		return err
 	}
 	a.settings = nil
@@ -134,6 +142,24 @@ func (a *App) configure(cmd *cobra.Command) error {
 	return nil
 }
 
+// usesNoPath says of a command that it has nothing to do with a daemon.
+func usesNoPath(cmd *cobra.Command) bool {
+	names := []string{"version", "help", "completion", cobra.ShellCompRequestCmd, cobra.ShellCompNoDescRequestCmd}
+	return cmd.HasSubCommands() || slices.Contains(names, cmd.Name()) || slices.Contains(names, cmd.Parent().Name())
+}
+
+// keepErrors leaves those errors about a file away that do not matter.
+func keepErrors(err error, matters func(*config.Error) bool) error {
+	list := []error{err}
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+		list = joined.Unwrap()
+	}
+	return errors.Join(slices.DeleteFunc(slices.Clone(list), func(err error) bool {
+		var e *config.Error
+		return errors.As(err, &e) && !matters(e)
+	})...)
+}
+
 func give(f *pflag.Flag, words []string) error {
 	if list, ok := f.Value.(pflag.SliceValue); ok {
 		return list.Replace(words)
@@ -159,6 +185,9 @@ func (a *App) readFile(root *cobra.Command, env map[string]string, keys []config
 		return nil, nil
 	case errors.Is(err, fs.ErrNotExist):
 		return nil, fmt.Errorf("configuration %s: no such file; make it, or name another with --%s", a.file, configFlag)
+	}
+	if errors.Is(err, fs.ErrPermission) {
+		return nil, fmt.Errorf("configuration: %w; run as root, or go without it (--%s \"\")", err, configFlag)
 	}
 	return nil, fmt.Errorf("configuration: %w", err)
 }

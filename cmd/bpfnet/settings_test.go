@@ -96,7 +96,34 @@ func TestReadersMindNoMoreThanPaths(t *testing.T) {
 	assert.Equal(t, 1, status)
 	assert.Contains(t, errs, "no YAML")
 	w.ReadConfig = func(string) ([]byte, error) { return nil, &fs.PathError{Op: "open", Path: "f", Err: fs.ErrPermission} }
-	assert.Equal(t, "bpfnet: stats: configuration: open f: permission denied", w.fails(1, "stats"))
+	assert.Equal(t, `bpfnet: stats: configuration: open f: permission denied; run as root, or go without it (--config "")`, w.fails(1, "stats"))
+}
+
+// A path that is wrong in the file is not replaced by the default: that may be another daemon's.
+func TestBrokenPaths(t *testing.T) {
+	w := readable(t)
+	for _, text := range []string{"bpffs: [a, b]", "bpffs: /a\nbpffs: /b", "flow: 5\nbpffs: {a: b}\nattach: [1]"} {
+		path := w.configFile(text)
+		status, _, errs := w.bare("--config", path, "--state", w.state(), "stats")
+		assert.Equal(t, 1, status)
+		assert.Regexp(t, `^bpfnet: stats: `+path+`:\d: bpffs: [^;]*(; the first is in line 1)?\n$`, errs, "nothing but that")
+		status, _, errs = w.bare("--config", path, "--state", w.state(), "--bpffs", w.bpffs(), "stats")
+		assert.Zero(t, status, errs)
+	}
+	dir := t.TempDir()
+	path := w.configFile("cgroup: " + dir)
+	assert.Equal(t, "bpfnet: daemon: "+path+":1: cgroup "+dir+": not a directory of cgroup2; name one below its mount", w.fails(1, "--config", path, "daemon"))
+}
+
+func TestUnreadableConfig(t *testing.T) {
+	w := newWorld(t)
+	w.ReadConfig = func(string) ([]byte, error) { return nil, &fs.PathError{Op: "open", Path: "f", Err: fs.ErrPermission} }
+	for _, args := range [][]string{{"version"}, {"completion", "bash"}, {"__complete", "net"}, {"network"}, {"help", "run"}, {}} {
+		status, out, errs := w.bare(args...)
+		assert.Zero(t, status, errs)
+		assert.NotEmpty(t, out, args)
+	}
+	assert.Contains(t, w.fails(1, "ps"), "run as root")
 }
 
 func TestConfigShow(t *testing.T) {
