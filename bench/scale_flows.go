@@ -36,7 +36,7 @@ func scaledFlows(points []point, room int, metrics ...string) Group {
 		}
 		// Those of the measured connections come on top: no more of them than connection tracking has
 		// room for.
-		s.lab.Client.Sysctl(t, "net.ipv4.ip_local_port_range", "20000 49999")
+		s.lab.Client.Sysctl(t, "net.ipv4.ip_local_port_range", "32768 60999")
 		p := s.path("published", 4)
 		p.serve(t)
 		p.openFlows(t, at)

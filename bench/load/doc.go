@@ -40,8 +40,8 @@
 // same. So neither ports nor the rate run out, whatever was measured before. All closing is by FIN: a
 // RST would let connection tracking, ours and others', forget the connection early.
 //
-// Tuples come back only after the client has gone through all ports from 1024 on, after one to two
-// seconds of crr: what was measured before then decides whether a tuple is new to connection tracking,
+// Tuples come back only after the client has gone through all ports of its range, after about one
+// second of crr: what was measured before then decides whether a tuple is new to connection tracking,
 // in every mode alike. [Sysctls] let the table of TIME_WAIT sockets hold as many as there can be. With a
 // full one, closing is cheaper, and the rate would tell how much was measured before.
 //

@@ -145,7 +145,7 @@ func TestConnectionsDoNotRunOut(t *testing.T) {
 	const at = "127.0.0.1:7000"
 	startServer(t, ns, at)
 	// As many ports as one window needs at most, so that the test need not last long.
-	ns.Sysctl(t, "net.ipv4.ip_local_reserved_ports", "1024-6999,9000-65535")
+	ns.Sysctl(t, "net.ipv4.ip_local_reserved_ports", "1024-39999,42000-65535")
 	var all uint64
 	for range 5 {
 		all += mustRun(t, ns, Client{Kind: CRR, To: at, Warmup: time.Millisecond, Window: 500 * time.Millisecond}).Units

@@ -121,8 +121,8 @@ func ServerArgs(addr string, cpu int) []string {
 }
 
 // Sysctls are to be set in every namespace that has a client or a server, as [name, value]: room for all
-// TIME_WAIT sockets of a minute, and all ports for clients where the kernel is older than 6.3.
+// TIME_WAIT sockets of a minute, and the kernel's own range of ports.
 var Sysctls = [][2]string{
 	{"net.ipv4.tcp_max_tw_buckets", "4000000"},
-	{"net.ipv4.ip_local_port_range", "1024 65535"},
+	{"net.ipv4.ip_local_port_range", "32768 60999"},
 }

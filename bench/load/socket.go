@@ -69,11 +69,12 @@ func setInt(fd, level, option int, value int32) unix.Errno {
 	return err
 }
 
-// Ports that connections of clients come from: all but the privileged. IP_LOCAL_PORT_RANGE (Linux 6.3)
+// Ports that connections of clients come from: the kernel's own range, 32768 to 60999. Masqueraded
+// connections need as many outer ports, which are the others of the host. IP_LOCAL_PORT_RANGE (Linux 6.3)
 // lets connect go through them one by one, where it takes every second of the namespace's range.
 const (
 	ipLocalPortRange = 51
-	clientPorts      = int32(-1<<16 | 1024) // 65535 in the upper half, 1024 in the lower
+	clientPorts      = int32((60999-1<<16)<<16 | 32768) // the last in the upper half, the first in the lower
 )
 
 // dialer makes the sockets of a client.
