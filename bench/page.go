@@ -128,9 +128,6 @@ func (r Report) leastRounds() int {
 	return least
 }
 
-// cell keeps text from ending its cell of a Markdown table.
-func cell(s string) string { return strings.ReplaceAll(s, "|", `\|`) }
-
 func markdownReach(lines []Reached) string {
 	var out strings.Builder
 	out.WriteString("| | iptables, first measured | target | bpfnet | reached |\n|---|---|---|---|---|\n")
