@@ -273,6 +273,17 @@ static __always_inline bool uplink_foreign(struct __sk_buff *skb, const __u8 hoo
 	       (hook != HOOK_UPLINK || !maybe_in_subnet(class, &daddr, v6));
 }
 
+/* Whether a packet without a flow is for the host: its port may carry a masqueraded flow, and is not published. */
+static __always_inline bool uplink_unpublished(const struct packet *p, const __u8 hook,
+					       const bool v6)
+{
+	__u32 zero = 0, dport = port_index(p->dport);
+	struct port_class *class = bpf_map_lookup_elem(&port_class, &zero);
+
+	return class && !((class->ports[dport] | class->engine[dport]) & port_bit(p->proto)) &&
+	       (hook != HOOK_UPLINK || !maybe_in_subnet(class, &p->daddr, v6));
+}
+
 /* A plain packet of a flow that stands; others were told by uplink_foreign(). STRAIGHT_NOT, or the action. */
 static __always_inline int uplink_straight(struct __sk_buff *skb, const __u8 hook, const bool v6)
 {
@@ -283,7 +294,9 @@ static __always_inline int uplink_straight(struct __sk_buff *skb, const __u8 hoo
 	if (!cfg || !parse_plain(skb, &p, v6))
 		return STRAIGHT_NOT;
 	f = flow_find(&p, hook, v6);
-	if (!f || f->generation != (__u16)cfg->generation)
+	if (!f)
+		return uplink_unpublished(&p, hook, v6) ? PASS : STRAIGHT_NOT;
+	if (f->generation != (__u16)cfg->generation)
 		return STRAIGHT_NOT;
 	flow_turn(f, p.proto, p.tcp_flags, v6);
 	return forward(skb, &p, f, false, v6);
