@@ -173,6 +173,15 @@ __noinline int uplink_slow6(struct __sk_buff *skb)
 	return s ? uplink_slow(skb, s, true) : TC_ACT_SHOT;
 }
 
+/* Whether port_class has the protocol's bit set for the port, or one of others. */
+static __always_inline bool port_has(const struct port_class *class, __be16 port, __u8 proto,
+				     __u8 others)
+{
+	__u32 dport = port_index(port);
+
+	return (class->ports[dport] | class->engine[dport]) & (port_bit(proto) | others);
+}
+
 static __always_inline int uplink_ip(struct __sk_buff *skb, struct scratch *s, const bool v6)
 {
 	struct packet *p = &s->packet;
@@ -180,19 +189,15 @@ static __always_inline int uplink_ip(struct __sk_buff *skb, struct scratch *s, c
 	struct port_class *class = bpf_map_lookup_elem(&port_class, &zero);
 	struct config *cfg;
 	bool subnet;
-	__u8 bits;
-	__u32 dport;
 	struct flow *f;
 
 	/* What is cut short or absurd is the stack's to refuse: it is not ours until it matches. */
 	if (!class || parse_ip(skb, p, v6) < 0)
 		return PASS;
 	subnet = p->hook == HOOK_UPLINK && maybe_in_subnet(class, &p->daddr, v6);
-	dport = port_index(p->dport);
-	bits = class->ports[dport];
 	if (!subnet && !(p->flags & PACKET_FRAGMENT) &&
 	    (p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP) &&
-	    !((bits | class->engine[dport]) & (port_bit(p->proto) | PORT_SNAT | PORT_HELD)))
+	    !port_has(class, p->dport, p->proto, PORT_SNAT | PORT_HELD))
 		return PASS;
 	if (p->flags & PACKET_NEIGHBOUR && !subnet)
 		return PASS;
@@ -242,7 +247,7 @@ static __always_inline bool uplink_foreign(struct __sk_buff *skb, const __u8 hoo
 		sizeof(struct ethhdr) + (v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr));
 	void *start = packet_start(skb), *end = packet_end(skb);
 	__be16 *port = start + l4;
-	__u32 zero = 0, dport;
+	__u32 zero = 0;
 	struct port_class *class;
 	struct addr daddr = {};
 	__u8 proto;
@@ -265,11 +270,8 @@ static __always_inline bool uplink_foreign(struct __sk_buff *skb, const __u8 hoo
 	}
 	if (proto != IPPROTO_TCP && proto != IPPROTO_UDP)
 		return false;
-	dport = port_index(port[1]);
 	class = bpf_map_lookup_elem(&port_class, &zero);
-	return class &&
-	       !((class->ports[dport] | class->engine[dport]) &
-		 (port_bit(proto) | PORT_SNAT | PORT_HELD)) &&
+	return class && !port_has(class, port[1], proto, PORT_SNAT | PORT_HELD) &&
 	       (hook != HOOK_UPLINK || !maybe_in_subnet(class, &daddr, v6));
 }
 
@@ -277,10 +279,10 @@ static __always_inline bool uplink_foreign(struct __sk_buff *skb, const __u8 hoo
 static __always_inline bool uplink_unpublished(const struct packet *p, const __u8 hook,
 					       const bool v6)
 {
-	__u32 zero = 0, dport = port_index(p->dport);
+	__u32 zero = 0;
 	struct port_class *class = bpf_map_lookup_elem(&port_class, &zero);
 
-	return class && !((class->ports[dport] | class->engine[dport]) & port_bit(p->proto)) &&
+	return class && !port_has(class, p->dport, p->proto, 0) &&
 	       (hook != HOOK_UPLINK || !maybe_in_subnet(class, &p->daddr, v6));
 }
 
