@@ -5,23 +5,36 @@ package bench
 import (
 	"fmt"
 	"os"
-	"runtime"
 	"strconv"
 
 	"golang.org/x/sys/unix"
 )
 
-// WorkCPU is where both ends of all traffic run. Everything else keeps to the other CPUs.
-func WorkCPU() int { return runtime.NumCPU() - 1 }
+// allowed are the CPUs that the process was started on, before it retires.
+var allowed = func() (cpus []int) {
+	var set unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &set); err != nil {
+		return []int{0}
+	}
+	for cpu := 0; len(cpus) < set.Count(); cpu++ {
+		if set.IsSet(cpu) {
+			cpus = append(cpus, cpu)
+		}
+	}
+	return cpus
+}()
+
+// WorkCPU is where both ends of all traffic run, the last. Everything else keeps to the other CPUs.
+func WorkCPU() int { return allowed[len(allowed)-1] }
 
 // Retire keeps the calling process, and all that it starts from now on, off the working CPU. With one
 // CPU there is no other.
 func Retire() error {
-	if WorkCPU() == 0 {
+	if len(allowed) == 1 {
 		return nil
 	}
 	var others unix.CPUSet
-	for cpu := range WorkCPU() {
+	for _, cpu := range allowed[:len(allowed)-1] {
 		others.Set(cpu)
 	}
 	// Threads inherit from those that start them: twice is enough for one that came in between.
@@ -48,5 +61,5 @@ func Pinning() string {
 	return fmt.Sprintf("client and server, all iperf3 included: CPU %d; harness, engines, daemons, docker-proxy: the other %d. "+
 		"Both ends are started by the harness and enter the namespaces and cgroups of containers and hosts: no seccomp profile, in no mode. "+
 		"Congestion control reno; neighbours stay reachable; br_netfilter is on, as an Engine leaves it",
-		WorkCPU(), WorkCPU())
+		WorkCPU(), len(allowed)-1)
 }

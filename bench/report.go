@@ -16,7 +16,7 @@ import (
 )
 
 // A report is a file of JSON lines: the header first, as {"header":{…}}, then a record a line. Records
-// are written as they come, so that a run that was cut short leaves what it had measured.
+// are written at the end of their group, so that a run that was cut short leaves the groups before.
 
 type headerLine struct {
 	Header *Header `json:"header"`

@@ -36,7 +36,8 @@ func scaledEndpoints(points []point, networks, real int, metrics ...string) Grou
 	return scaleGroup("endpoints", points, func(t testing.TB, o Options, mode string, at int) []Probe {
 		note := fmt.Sprintf("on %d networks; all are containers", networks)
 		if at > real {
-			note = fmt.Sprintf("on %d networks; two are containers, the others bare namespaces with an interface in each network but the default one", networks)
+			note = fmt.Sprintf("on %d networks; %d are containers, the others bare namespaces with an interface in each network but the default one",
+				networks, 2+(at-2)%(networks-1))
 			if mode == Bpfnet {
 				note += ", as sandboxes of bpfnet's own"
 			}
