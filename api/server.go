@@ -127,11 +127,20 @@ func (s *Server) Run(ctx context.Context, l net.Listener) error {
 		MaxHeaderBytes:    maxHeader,
 		ConnContext:       withPeer,
 	}
+	if err := Serve(ctx, srv, l); err != nil {
+		return fmt.Errorf("serve the api: %w", err)
+	}
+	return nil
+}
+
+// Serve has srv serve l until ctx ends, and then waits a moment for requests under way. It closes l. The
+// error is that of a server that ended by itself.
+func Serve(ctx context.Context, srv *http.Server, l net.Listener) error {
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve(l) }()
 	select {
 	case err := <-served:
-		return fmt.Errorf("serve the api: %w", err)
+		return err
 	case <-ctx.Done():
 	}
 	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)

@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/bpfnet/bpfnet/api"
 	"github.com/bpfnet/bpfnet/policy"
 	"github.com/bpfnet/bpfnet/reserve"
 )
@@ -28,7 +29,6 @@ const (
 	maxScrapes    = 4
 	scrapeTimeout = 10 * time.Second
 	retryEvery    = 10 * time.Second
-	endTimeout    = 2 * time.Second
 	maxHeader     = 1 << 16
 )
 
@@ -113,18 +113,8 @@ func serve(ctx context.Context, l net.Listener, h http.Handler) error {
 		Handler: mux, ReadHeaderTimeout: scrapeTimeout, ReadTimeout: scrapeTimeout, WriteTimeout: 2 * scrapeTimeout,
 		MaxHeaderBytes: maxHeader, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug),
 	}
-	served := make(chan error, 1)
-	go func() { served <- srv.Serve(l) }()
-	select {
-	case err := <-served:
+	if err := api.Serve(ctx, srv, l); err != nil {
 		return fmt.Errorf("serve the metrics: %w", err)
-	case <-ctx.Done():
 	}
-	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
-	defer cancel()
-	if err := srv.Shutdown(end); err != nil {
-		srv.Close()
-	}
-	<-served
 	return nil
 }
