@@ -99,6 +99,14 @@ performance: ## write docs/performance.md and its plots from the committed resul
 	@[ -e $(RESULT) ] || { echo "performance: no $(RESULT): make bench measures; or say RESULT=FILE" >&2; exit 1; }
 	@go run ./cmd/bpfnet-bench page $(RESULT) docs
 
+.PHONY: reliability
+reliability: need-root ## run the tests that keep promises at full counts, write docs/reliability.md (root)
+	@scripts/deps.sh build test
+	@mkdir -p bin && rm -f bin/promises.jsonl
+	@BPFNET_PROMISES=$(CURDIR)/bin/promises.jsonl BPFNET_REQUIRE_ROOT=1 BPFNET_FULL=1 \
+		$(GO_TEST) -timeout 90m $$(go run ./internal/promise/cmd tests) | $(SUMMARY)
+	@go run ./internal/promise/cmd page bin/promises.jsonl
+
 .PHONY: clean
 clean: ## remove what build made
 	rm -rf bin
