@@ -226,6 +226,30 @@ func TestWatch(t *testing.T) {
 	}
 }
 
+// Needs root: what a bridge repeats of a port is no news; that the port has changed or come back is.
+func TestWatchRepeatedPort(t *testing.T) {
+	enterNS(t)
+	br := addBridge(t, "br0", "172.30.0.1/24")
+	d := open(t, Options{})
+	veth := addVeth(t, "v0", "p0")
+	require.NoError(t, netlink.LinkSetMaster(veth, br))
+	repeat := func() { // each tells of the whole port
+		for i := range 4 {
+			require.NoError(t, netlink.LinkSetHairpin(veth, i%2 == 0))
+		}
+	}
+	require.Equal(t, 1, countEvents(t, d, repeat, PortChanged))
+	require.GreaterOrEqual(t, countEvents(t, d, func() {
+		repeat()
+		require.NoError(t, netlink.LinkSetNoMaster(veth))
+		require.NoError(t, netlink.LinkSetMaster(veth, br))
+	}, PortChanged), 3)
+	require.GreaterOrEqual(t, countEvents(t, d, func() {
+		repeat()
+		require.NoError(t, netlink.LinkSetUp(veth))
+	}, PortChanged), 2)
+}
+
 // Needs root: a reader that does not read gets a Resync, and then goes on.
 func TestWatchOverflow(t *testing.T) {
 	enterNS(t)

@@ -4,6 +4,7 @@ package netdev
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"sync"
@@ -67,7 +68,8 @@ type Event struct {
 const watchBuffer = 4 << 20
 
 // Watch subscribes to links, addresses, neighbours and routes before it returns. Events come
-// at once, not debounced; only repetitions within one message from the kernel are left out. If
+// at once, not debounced; only repetitions are left out: within one message from the kernel, and of what a
+// bridge told of its port last. If
 // the kernel's buffer overflows because the reader is slow, a Resync event follows. The channel
 // is closed when ctx ends, or, after a last Resync event, when the socket fails.
 func (d *Devices) Watch(ctx context.Context) (<-chan Event, error) {
@@ -112,6 +114,7 @@ func (d *Devices) Watch(ctx context.Context) (<-chan Event, error) {
 type watcher struct {
 	links func() ([]device, error)
 	names map[int]string
+	ports map[int]port // as last told of, by index
 	out   chan Event
 
 	mu     sync.Mutex // held to close the socket, and to use its bare descriptor
@@ -127,7 +130,15 @@ func (w *watcher) close(sock *nl.NetlinkSocket) {
 	}
 }
 
+// port is what is told of a bridge port. A bridge repeats it fifteen seconds after the port has come, when
+// its forward delay is over, and whenever a setting of the port's changes.
+type port struct {
+	device
+	flags uint32 // IFF_RUNNING and IFF_LOWER_UP among them
+}
+
 func (w *watcher) relearn() error {
+	w.ports = make(map[int]port)
 	links, err := w.links()
 	if err != nil {
 		return err
@@ -214,6 +225,14 @@ func (w *watcher) parse(m *syscall.NetlinkMessage) (Event, bool) {
 		ev := Event{Kind: LinkChanged, Gone: m.Header.Type == unix.RTM_DELLINK, Ifindex: l.index, Name: l.name, Master: l.master}
 		if family == unix.AF_BRIDGE {
 			ev.Kind = PortChanged
+			now := port{l, binary.NativeEndian.Uint32(m.Data[8:])}
+			if !ev.Gone && w.ports[l.index] == now {
+				return Event{}, false
+			}
+			w.ports[l.index] = now
+		}
+		if ev.Gone {
+			delete(w.ports, l.index)
 		}
 		if ev.Kind == LinkChanged && ev.Gone {
 			delete(w.names, ev.Ifindex)
