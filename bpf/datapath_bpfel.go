@@ -412,6 +412,7 @@ type DatapathScratch struct {
 		FragId    uint32
 		Overtaken uint32
 	}
+	_    [4]byte
 	Plan struct {
 		_              structs.HostLayout
 		Saddr          DatapathAddr
@@ -430,12 +431,14 @@ type DatapathScratch struct {
 		ReverseHook    uint8
 		Flags          uint8
 		ReverseFlags   uint8
-		Pad            uint8
+		SeenFlags      uint8
+		_              [2]byte
+		SeenPackets    uint32
+		SeenBytes      uint64
 		Dmac           [6]uint8
 		Smac           [6]uint8
 		ReverseDmac    [6]uint8
 		ReverseSmac    [6]uint8
-		_              [2]byte
 	}
 	Route struct {
 		_          structs.HostLayout
@@ -499,6 +502,8 @@ type DatapathScratch struct {
 	Partner6 DatapathFlow6Key
 	Flow4    DatapathFlow4
 	Flow6    DatapathFlow6
+	Syn4     DatapathSyn4
+	Syn6     DatapathSyn6
 }
 
 type DatapathSockPeer struct {
@@ -528,6 +533,20 @@ type DatapathSubnetKey struct {
 	_         structs.HostLayout
 	Prefixlen uint32
 	Addr      DatapathAddr
+}
+
+type DatapathSyn4 struct {
+	_        structs.HostLayout
+	Answer   DatapathFlow4
+	Seq      uint32
+	Answered uint32
+}
+
+type DatapathSyn6 struct {
+	_        structs.HostLayout
+	Answer   DatapathFlow6
+	Seq      uint32
+	Answered uint32
 }
 
 type DatapathTrustedKey struct {
@@ -567,6 +586,8 @@ const (
 	DatapathMapSnatStats       = "snat_stats"
 	DatapathMapSockPeers       = "sock_peers"
 	DatapathMapSubnets         = "subnets"
+	DatapathMapSyns4           = "syns4"
+	DatapathMapSyns6           = "syns6"
 	DatapathMapTrusted         = "trusted"
 	DatapathProgExpire         = "expire"
 	DatapathProgFromBridge     = "from_bridge"
@@ -667,6 +688,8 @@ type DatapathMapSpecs struct {
 	SnatStats       *ebpf.MapSpec `ebpf:"snat_stats"`
 	SockPeers       *ebpf.MapSpec `ebpf:"sock_peers"`
 	Subnets         *ebpf.MapSpec `ebpf:"subnets"`
+	Syns4           *ebpf.MapSpec `ebpf:"syns4"`
+	Syns6           *ebpf.MapSpec `ebpf:"syns6"`
 	Trusted         *ebpf.MapSpec `ebpf:"trusted"`
 }
 
@@ -723,6 +746,8 @@ type DatapathMaps struct {
 	SnatStats       *ebpf.Map `ebpf:"snat_stats"`
 	SockPeers       *ebpf.Map `ebpf:"sock_peers"`
 	Subnets         *ebpf.Map `ebpf:"subnets"`
+	Syns4           *ebpf.Map `ebpf:"syns4"`
+	Syns6           *ebpf.Map `ebpf:"syns6"`
 	Trusted         *ebpf.Map `ebpf:"trusted"`
 }
 
@@ -755,6 +780,8 @@ func (m *DatapathMaps) Close() error {
 		m.SnatStats,
 		m.SockPeers,
 		m.Subnets,
+		m.Syns4,
+		m.Syns6,
 		m.Trusted,
 	)
 }

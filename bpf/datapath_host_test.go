@@ -238,6 +238,8 @@ func newHost(t testing.TB, entries uint32) *host {
 	}
 	spec.Maps["flows4"].MaxEntries = entries
 	spec.Maps["flows6"].MaxEntries = entries
+	spec.Maps["syns4"].MaxEntries = waiting
+	spec.Maps["syns6"].MaxEntries = waiting
 	h.coll, err = ebpf.NewCollection(spec)
 	var verifier *ebpf.VerifierError
 	if errors.As(err, &verifier) {
@@ -573,11 +575,15 @@ func (h *host) now() uint32 {
 	return uint32(now.Nano() >> 30)
 }
 
+const waiting = 1024 // entries of syns4 and syns6
+
 // reset empties the flow tables.
 func (h *host) reset() {
 	h.t.Helper()
 	clearMap[bpf.DatapathFlow4Key, bpf.DatapathFlow4](h, "flows4")
 	clearMap[bpf.DatapathFlow6Key, bpf.DatapathFlow6](h, "flows6")
+	clearMap[bpf.DatapathFlow4Key, bpf.DatapathSyn4](h, "syns4")
+	clearMap[bpf.DatapathFlow6Key, bpf.DatapathSyn6](h, "syns6")
 	clearMap[bpf.DatapathFragKey, bpf.DatapathFrag](h, "frags")
 	h.put("flow_gauge", uint32(0), bpf.DatapathFlowGauge{})
 }
@@ -736,6 +742,18 @@ func (h *host) uplink(frame []byte) result {
 func (h *host) onLo(frame []byte) result {
 	h.t.Helper()
 	return h.run("from_host", frame, skb{Ifindex: 1})
+}
+
+// connect has a client of the world shake hands with a container by what it dials: the first packet of the
+// flow, which the last of the three opens.
+func (h *host) connect(f family, client, dialled netip.AddrPort, slot int, port uint16) {
+	h.t.Helper()
+	in := h.uplink(packet.TCP(client, dialled, fromOutside))
+	require.EqualValues(h.t, actRedirect, in.action, "SYN")
+	out := h.from(slot, packet.TCP(at(f.addr(slot), port), client, toGateway(slot), packet.Flags("SA"), packet.Seq(7000, 1)))
+	require.EqualValues(h.t, actRedirect, out.action, "SYN-ACK")
+	in = h.uplink(packet.TCP(client, dialled, fromOutside, packet.Flags("A"), packet.Seq(1, 7001)))
+	require.EqualValues(h.t, actRedirect, in.action, "ACK")
 }
 
 // to has stack or bridge send the frame, which came in by the device in (0: the host's own), to a

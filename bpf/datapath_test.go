@@ -484,6 +484,7 @@ func TestPublishedRoundTrip(t *testing.T) {
 			h.drops("the container's tuple from outside", directAccess, "uplink", func() result {
 				return h.uplink(packet.TCP(client, at(a, 80), fromOutside))
 			})
+			h.connect(f, client, at(f.host, pubAlice), alice, 80)
 			h.setEndpoint(alice, func(e *bpf.DatapathEndpoint) { e.Flags = 0 })
 			h.drops("endpoint not ready any more", staleFlow, "uplink", func() result {
 				return h.uplink(packet.TCP(client, at(f.host, pubAlice), fromOutside, packet.Flags("A")))
@@ -552,7 +553,7 @@ func TestPublishedRoundTrip(t *testing.T) {
 		t.Run("two ways to one container port", func(t *testing.T) {
 			h.t = t
 			h.reset()
-			h.uplink(packet.TCP(client, at(f.host, pubAlice), fromOutside))
+			h.connect(f, client, at(f.host, pubAlice), alice, 80)
 			r := h.expect("second way", actRedirect, published, func() result {
 				return h.uplink(packet.TCP(client, at(f.host, pubAlice2nd), fromOutside))
 			})
@@ -788,6 +789,9 @@ func TestICMPErrors(t *testing.T) {
 
 				{
 					h.uplink(c.make(client, at(f.host, pubAlice), fromOutside))
+					if strings.HasPrefix(c.name, "TCP") {
+						h.connect(f, client, at(f.host, pubAlice), alice, 80)
+					}
 					r = h.expect("about a published port", actRedirect, toUplink, func() result {
 						return h.from(alice, packet.ICMPError(a, f.client, f.unreach, 3, inner(client, at(a, 80)), toGateway(alice)))
 					})
@@ -1216,7 +1220,7 @@ func TestFlowLife(t *testing.T) {
 			clientPort := at(f.client, 50000)
 			h.t = t
 			h.reset()
-			h.uplink(packet.TCP(clientPort, at(f.host, pubAlice), fromOutside))
+			h.connect(f, clientPort, at(f.host, pubAlice), alice, 80)
 			h.from(bob, packet.TCP(at(b, 1), server, toGateway(bob)))
 			h.from(bob, packet.UDP(at(b, 1), at(a, 2), toNeighbour(bob, alice)))
 			h.from(alice, packet.UDP(at(a, 1), at(f.host, 53), toGateway(alice)))
@@ -1224,7 +1228,7 @@ func TestFlowLife(t *testing.T) {
 			h.setEndpoint(alice, func(e *bpf.DatapathEndpoint) { e.Ifindex = 0 })
 			require.Equal(t, 2, purge(), "alice is gone")
 			h.setEndpoint(alice, func(e *bpf.DatapathEndpoint) { e.Ifindex = uint32(h.links[alice]) })
-			h.uplink(packet.TCP(clientPort, at(f.host, pubAlice), fromOutside))
+			h.connect(f, clientPort, at(f.host, pubAlice), alice, 80)
 			slot := uint16(0)
 			for _, v := range h.flows4() {
 				slot = max(slot, v.F.Port)
@@ -1248,7 +1252,7 @@ func TestFlowLife(t *testing.T) {
 			in := func(flags string) result {
 				return h.uplink(packet.TCP(client, at(f.host, pubAlice), fromOutside, packet.Flags(flags)))
 			}
-			in("S")
+			h.connect(f, client, at(f.host, pubAlice), alice, 80)
 			require.EqualValues(t, 2, h.entries(f))
 			h.bump()
 			r := h.expect("still published", actRedirect, published, func() result { return in("A") })
@@ -1268,11 +1272,13 @@ func TestFlowLife(t *testing.T) {
 			h.drops("no reset for the successor", noFlow, "uplink", func() result { return in("R") })
 			require.Zero(t, h.entries(f), "the old flow has gone")
 			h.put("ports", key, was)
-			in("A")
+			h.connect(f, client, at(f.host, pubAlice), alice, 80)
 			h.put("ports", key, moved)
 			h.bump()
 			r = h.expect("the successor's", actRedirect, published, func() result { return in("A") })
 			same(t, "the successor's", packet.TCP(client, at(f.addr(bob), 80), routedTo(bob), packet.TTL(63), packet.Flags("A")), r.out)
+			require.Zero(t, h.entries(f), "the old flow has gone; the new one waits")
+			h.connect(f, client, at(f.host, pubAlice), bob, 80)
 			require.EqualValues(t, 2, h.entries(f))
 			require.NoError(t, h.coll.Maps["ports"].Delete(key))
 			h.bump()
@@ -1280,7 +1286,7 @@ func TestFlowLife(t *testing.T) {
 			require.Zero(t, h.entries(f))
 			h.put("ports", key, was)
 
-			in("S")
+			h.connect(f, client, at(f.host, pubAlice), alice, 80)
 			h.setEndpoint(alice, func(e *bpf.DatapathEndpoint) { e.Ifindex = 0 })
 			h.bump()
 			h.drops("its container has gone", portNotReady, "uplink", func() result { return in("A") })

@@ -120,6 +120,9 @@ func TestNATTruncatedErrors(t *testing.T) {
 				})
 				same(t, "by the container", packet.ICMPError(f.host, f.client2, f.unreach, 3, quote(server, outer), toGateway(alice), packet.TTL(63)), r.out)
 				h.uplink(make(client, at(f.host, pubAlice), fromOutside))
+				if name == "TCP" {
+					h.connect(f, client, at(f.host, pubAlice), alice, 80)
+				}
 				r = h.expect("published", actRedirect, toUplink, func() result {
 					return h.from(alice, packet.ICMPError(a, f.client, f.unreach, 3, quote(client, at(a, 80)), toGateway(alice)))
 				})

@@ -300,6 +300,20 @@ type SockSubnetKey struct {
 	Addr      SockAddr
 }
 
+type SockSyn4 struct {
+	_        structs.HostLayout
+	Answer   SockFlow4
+	Seq      uint32
+	Answered uint32
+}
+
+type SockSyn6 struct {
+	_        structs.HostLayout
+	Answer   SockFlow6
+	Seq      uint32
+	Answered uint32
+}
+
 type SockTrustedKey struct {
 	_       structs.HostLayout
 	Ifindex uint32
@@ -336,6 +350,8 @@ const (
 	SockMapSockMarks         = "sock_marks"
 	SockMapSockPeers         = "sock_peers"
 	SockMapSubnets           = "subnets"
+	SockMapSyns4             = "syns4"
+	SockMapSyns6             = "syns6"
 	SockMapTrusted           = "trusted"
 	SockProgSockConnect4     = "sock_connect4"
 	SockProgSockConnect6     = "sock_connect6"
@@ -435,6 +451,8 @@ type SockMapSpecs struct {
 	SockMarks       *ebpf.MapSpec `ebpf:"sock_marks"`
 	SockPeers       *ebpf.MapSpec `ebpf:"sock_peers"`
 	Subnets         *ebpf.MapSpec `ebpf:"subnets"`
+	Syns4           *ebpf.MapSpec `ebpf:"syns4"`
+	Syns6           *ebpf.MapSpec `ebpf:"syns6"`
 	Trusted         *ebpf.MapSpec `ebpf:"trusted"`
 }
 
@@ -490,6 +508,8 @@ type SockMaps struct {
 	SockMarks       *ebpf.Map `ebpf:"sock_marks"`
 	SockPeers       *ebpf.Map `ebpf:"sock_peers"`
 	Subnets         *ebpf.Map `ebpf:"subnets"`
+	Syns4           *ebpf.Map `ebpf:"syns4"`
+	Syns6           *ebpf.Map `ebpf:"syns6"`
 	Trusted         *ebpf.Map `ebpf:"trusted"`
 }
 
@@ -521,6 +541,8 @@ func (m *SockMaps) Close() error {
 		m.SockMarks,
 		m.SockPeers,
 		m.Subnets,
+		m.Syns4,
+		m.Syns6,
 		m.Trusted,
 	)
 }

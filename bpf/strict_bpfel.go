@@ -305,6 +305,20 @@ type StrictSubnetKey struct {
 	Addr      StrictAddr
 }
 
+type StrictSyn4 struct {
+	_        structs.HostLayout
+	Answer   StrictFlow4
+	Seq      uint32
+	Answered uint32
+}
+
+type StrictSyn6 struct {
+	_        structs.HostLayout
+	Answer   StrictFlow6
+	Seq      uint32
+	Answered uint32
+}
+
 type StrictTrustedKey struct {
 	_       structs.HostLayout
 	Ifindex uint32
@@ -342,6 +356,8 @@ const (
 	StrictMapStrictMarks       = "strict_marks"
 	StrictMapStrictSources     = "strict_sources"
 	StrictMapSubnets           = "subnets"
+	StrictMapSyns4             = "syns4"
+	StrictMapSyns6             = "syns6"
 	StrictMapTrusted           = "trusted"
 	StrictProgStrictEgress     = "strict_egress"
 	StrictProgStrictIngress    = "strict_ingress"
@@ -426,6 +442,8 @@ type StrictMapSpecs struct {
 	StrictMarks     *ebpf.MapSpec `ebpf:"strict_marks"`
 	StrictSources   *ebpf.MapSpec `ebpf:"strict_sources"`
 	Subnets         *ebpf.MapSpec `ebpf:"subnets"`
+	Syns4           *ebpf.MapSpec `ebpf:"syns4"`
+	Syns6           *ebpf.MapSpec `ebpf:"syns6"`
 	Trusted         *ebpf.MapSpec `ebpf:"trusted"`
 }
 
@@ -482,6 +500,8 @@ type StrictMaps struct {
 	StrictMarks     *ebpf.Map `ebpf:"strict_marks"`
 	StrictSources   *ebpf.Map `ebpf:"strict_sources"`
 	Subnets         *ebpf.Map `ebpf:"subnets"`
+	Syns4           *ebpf.Map `ebpf:"syns4"`
+	Syns6           *ebpf.Map `ebpf:"syns6"`
 	Trusted         *ebpf.Map `ebpf:"trusted"`
 }
 
@@ -514,6 +534,8 @@ func (m *StrictMaps) Close() error {
 		m.StrictMarks,
 		m.StrictSources,
 		m.Subnets,
+		m.Syns4,
+		m.Syns6,
 		m.Trusted,
 	)
 }

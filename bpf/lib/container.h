@@ -140,7 +140,8 @@ static __always_inline int container_egress(struct __sk_buff *skb, struct scratc
 	}
 	if (masquerade && (v6 ? addr_is_zero(&s->route.source) : !s->route.source.w[3]))
 		return drop_from(skb, slot, REASON_NO_ROUTE);
-	if (p->tcp_flags & TCP_RST)
+	/* Nor does an answer to a SYN open a flow: that one has been forgotten. */
+	if (p->tcp_flags & TCP_RST || (p->tcp_flags & (TCP_SYN | TCP_ACK)) == (TCP_SYN | TCP_ACK))
 		return drop_from(skb, slot, REASON_NO_FLOW);
 	/* An echo reply that nobody asked for: its answers would be the host's echo requests. */
 	if (masquerade && p->dport && p->proto == (v6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP))
@@ -326,7 +327,7 @@ static __always_inline int container_slow(struct __sk_buff *skb, struct scratch 
 	if (error)
 		f = container_quoted_flow(skb, s, ep, v6);
 	else if (!(p->flags & PACKET_PORTS_LOST))
-		f = flow_find(p, HOOK_CONTAINER, v6);
+		f = flow_find(p, HOOK_CONTAINER, v6) ?: syn_find(s, v6);
 	if (f) {
 		struct endpoint *owner = endpoint_get(f->endpoint);
 
@@ -423,7 +424,7 @@ static __always_inline int container_ip(struct __sk_buff *skb, struct scratch *s
 	struct config *cfg = config_get();
 	int err = parse_ip(skb, p, v6);
 	struct endpoint *ep;
-	struct flow *f;
+	struct flow *f, *waiting = NULL;
 
 	if (err < 0)
 		return drop(skb, HOOK_CONTAINER, -err);
@@ -433,12 +434,17 @@ static __always_inline int container_ip(struct __sk_buff *skb, struct scratch *s
 		p->flags |= fragment_ports(skb);
 	if (!(p->flags & (PACKET_ICMP_ERROR | PACKET_NEIGHBOUR | PACKET_PORTS_LOST))) {
 		f = flow_find(p, HOOK_CONTAINER, v6);
+		if (!f)
+			f = waiting = syn_find(s, v6);
 		if (f && f->generation == (__u16)cfg->generation) {
 			ep = endpoint_get(f->endpoint);
 			/* Whose address it is was settled when the flow was opened. */
 			if (ep && ep->ifindex == skb->ifindex && mac_equal(p->smac, ep->mac) &&
 			    ep->flags & ENDPOINT_READY) {
-				flow_turn(f, p->proto, p->tcp_flags, v6);
+				if (waiting)
+					syn_answer(skb, p, f, v6);
+				else
+					flow_turn(f, p->proto, p->tcp_flags, v6);
 				return forward_slow(skb, f, false, v6);
 			}
 		}
@@ -519,6 +525,8 @@ static __always_inline int marked_of(struct __sk_buff *skb, const bool v6)
 	if (s->packet.flags & PACKET_NO_L4)
 		s->packet.flags |= PACKET_PORTS_LOST;
 	s->mark = skb->mark;
+	if (s->packet.tcp_flags & TCP_RST)
+		return -REASON_NO_FLOW;
 	err = plan_direct(skb, s, skb->ingress_ifindex, v6);
 	return err ? err : flow_open(skb, v6);
 }

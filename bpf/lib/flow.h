@@ -31,7 +31,9 @@ struct plan {
 	__u8 reverse_hook; /* where answers will be seen */
 	__u8 flags; /* FLOW_ROUTED, FLOW_SNAT, FLOW_FIB */
 	__u8 reverse_flags;
-	__u8 pad;
+	__u8 seen_flags; /* TCP flags, packets and bytes of answers that came before the flow */
+	__u32 seen_packets;
+	__u64 seen_bytes;
 	__u8 dmac[6];
 	__u8 smac[6];
 	__u8 reverse_dmac[6];
@@ -82,6 +84,8 @@ struct scratch {
 	struct flow6_key partner6;
 	struct flow4 flow4;
 	struct flow6 flow6;
+	struct syn4 syn4;
+	struct syn6 syn6;
 };
 
 struct {
@@ -490,6 +494,9 @@ static __always_inline void flow_fill(struct flow *f, const struct plan *n, bool
 		f->peer = n->endpoint;
 		f->mtu = n->reverse_mtu;
 		f->flags = n->reverse_flags | hook;
+		f->tcp_flags = n->seen_flags;
+		f->packets = n->seen_packets;
+		f->bytes = n->seen_bytes;
 		__builtin_memcpy(f->dmac, n->reverse_dmac, 6);
 		__builtin_memcpy(f->smac, n->reverse_smac, 6);
 	}
@@ -501,22 +508,13 @@ static __always_inline bool plan_rewrites(const struct packet *p, const struct p
 	       p->sport != n->sport || p->dport != n->dport;
 }
 
-/*
- * Takes the tuple on which answers will come. 0; -EEXIST where a living flow holds it; -E2BIG where
- * the table is full.
- */
-static __always_inline int flow_take_reverse_of(struct scratch *s, const bool v6)
+/* The answers' half of the plan's flow: into s->flow4 or s->flow6, its key into s->key4 or s->key6. */
+static __always_inline void flow_fill_reverse(struct scratch *s, const struct config *cfg,
+					      const bool v6)
 {
 	const struct packet *p = &s->packet;
 	const struct plan *n = &s->plan;
-	const struct config *cfg = config_get();
-	void *table = flow_table(v6), *key, *value, *partner;
-	struct flow *held, *g;
-	bool same;
-	int err; /* not long: map helpers before Linux 6.4 leave the upper half of a negative number 0 */
 
-	if (!cfg)
-		return -ENOENT;
 	if (v6) {
 		flow_key6(&s->key6, &n->daddr, &n->saddr, n->dport, n->sport, p->proto,
 			  n->reverse_hook);
@@ -528,8 +526,6 @@ static __always_inline int flow_take_reverse_of(struct scratch *s, const bool v6
 		s->flow6.nexthop = n->reverse_nexthop;
 		if (plan_rewrites(p, n))
 			s->flow6.f.flags |= FLOW_NAT;
-		key = &s->key6;
-		value = &s->flow6;
 	} else {
 		flow_key4(&s->key4, &n->daddr, &n->saddr, n->dport, n->sport, p->proto,
 			  n->reverse_hook);
@@ -542,9 +538,60 @@ static __always_inline int flow_take_reverse_of(struct scratch *s, const bool v6
 			*flow_nexthop4(&s->flow4.f) = n->reverse_nexthop.w[3];
 		if (plan_rewrites(p, n))
 			s->flow4.f.flags |= FLOW_NAT;
-		key = &s->key4;
-		value = &s->flow4;
 	}
+}
+
+/* The opening half, into s->flow4 or s->flow6; its key into s->forward4 or s->forward6. */
+static __always_inline void flow_fill_forward(struct scratch *s, const struct config *cfg,
+					      const bool v6)
+{
+	const struct packet *p = &s->packet;
+	const struct plan *n = &s->plan;
+
+	if (v6) {
+		flow_key6(&s->forward6, &p->saddr, &p->daddr, p->sport, p->dport, p->proto,
+			  p->hook);
+		flow_fill(&s->flow6.f, n, false, cfg->generation, p->hook);
+		s->flow6.f.sport = n->sport;
+		s->flow6.f.dport = n->dport;
+		s->flow6.saddr = n->saddr;
+		s->flow6.daddr = n->daddr;
+		s->flow6.nexthop = n->nexthop;
+		if (plan_rewrites(p, n))
+			s->flow6.f.flags |= FLOW_NAT;
+	} else {
+		flow_key4(&s->forward4, &p->saddr, &p->daddr, p->sport, p->dport, p->proto,
+			  p->hook);
+		flow_fill(&s->flow4.f, n, false, cfg->generation, p->hook);
+		s->flow4.f.sport = n->sport;
+		s->flow4.f.dport = n->dport;
+		s->flow4.saddr = n->saddr.w[3];
+		s->flow4.daddr = n->daddr.w[3];
+		if (n->reverse_hook == HOOK_UPLINK)
+			*flow_nexthop4(&s->flow4.f) = n->nexthop.w[3];
+		if (plan_rewrites(p, n))
+			s->flow4.f.flags |= FLOW_NAT;
+	}
+}
+
+/*
+ * Takes the tuple on which answers will come. 0; -EEXIST where a living flow holds it; -E2BIG where
+ * the table is full.
+ */
+static __always_inline int flow_take_reverse_of(struct scratch *s, const bool v6)
+{
+	const struct packet *p = &s->packet;
+	const struct config *cfg = config_get();
+	void *table = flow_table(v6), *key, *value, *partner;
+	struct flow *held, *g;
+	bool same;
+	int err; /* not long: map helpers before Linux 6.4 leave the upper half of a negative number 0 */
+
+	if (!cfg)
+		return -ENOENT;
+	flow_fill_reverse(s, cfg, v6);
+	key = v6 ? (void *)&s->key6 : (void *)&s->key4;
+	value = v6 ? (void *)&s->flow6 : (void *)&s->flow4;
 	err = bpf_map_update_elem(table, key, value, BPF_NOEXIST);
 	if (!err) {
 		gauge_add(v6, 1);
@@ -614,48 +661,22 @@ static __always_inline int flow_take_reverse(const bool v6)
 static __always_inline int flow_add_forward(struct scratch *s, const struct config *cfg,
 					    const bool v6)
 {
-	const struct packet *p = &s->packet;
-	const struct plan *n = &s->plan;
+	void *table = flow_table(v6), *key = v6 ? (void *)&s->forward6 : (void *)&s->forward4,
+	     *value = v6 ? (void *)&s->flow6 : (void *)&s->flow4;
 	int err; /* as above */
 
-	if (v6) {
-		struct flow6_key *k = &s->forward6;
-
-		flow_key6(k, &p->saddr, &p->daddr, p->sport, p->dport, p->proto, p->hook);
-		flow_fill(&s->flow6.f, n, false, cfg->generation, p->hook);
-		s->flow6.f.sport = n->sport;
-		s->flow6.f.dport = n->dport;
-		s->flow6.saddr = n->saddr;
-		s->flow6.daddr = n->daddr;
-		s->flow6.nexthop = n->nexthop;
-		if (plan_rewrites(p, n))
-			s->flow6.f.flags |= FLOW_NAT;
-		err = bpf_map_update_elem(&flows6, k, &s->flow6, BPF_NOEXIST);
-		if (err == -EEXIST)
-			return bpf_map_update_elem(&flows6, k, &s->flow6, BPF_EXIST);
-		if (err && n->reverse_hook)
+	flow_fill_forward(s, cfg, v6);
+	err = bpf_map_update_elem(table, key, value, BPF_NOEXIST);
+	if (err == -EEXIST)
+		return bpf_map_update_elem(table, key, value, BPF_EXIST);
+	if (!err) {
+		gauge_add(v6, 1);
+	} else if (s->plan.reverse_hook) {
+		if (v6)
 			flow_delete6(&s->key6);
-	} else {
-		struct flow4_key *k = &s->forward4;
-
-		flow_key4(k, &p->saddr, &p->daddr, p->sport, p->dport, p->proto, p->hook);
-		flow_fill(&s->flow4.f, n, false, cfg->generation, p->hook);
-		s->flow4.f.sport = n->sport;
-		s->flow4.f.dport = n->dport;
-		s->flow4.saddr = n->saddr.w[3];
-		s->flow4.daddr = n->daddr.w[3];
-		if (n->reverse_hook == HOOK_UPLINK)
-			*flow_nexthop4(&s->flow4.f) = n->nexthop.w[3];
-		if (plan_rewrites(p, n))
-			s->flow4.f.flags |= FLOW_NAT;
-		err = bpf_map_update_elem(&flows4, k, &s->flow4, BPF_NOEXIST);
-		if (err == -EEXIST)
-			return bpf_map_update_elem(&flows4, k, &s->flow4, BPF_EXIST);
-		if (err && n->reverse_hook)
+		else
 			flow_delete4(&s->key4);
 	}
-	if (!err)
-		gauge_add(v6, 1);
 	return err;
 }
 

@@ -242,6 +242,13 @@ static __always_inline int conclude_of(struct __sk_buff *skb, struct scratch *s,
 			return drop(skb, p->hook, REASON_MALFORMED);
 		return forward_slow(skb, f, true, v6);
 	}
+	if (verdict == VERDICT_OPEN && syn_concerns(p)) {
+		err = v6 ? syn_wait6(skb) : syn_wait4(skb);
+		if (err < 0)
+			return drop(skb, p->hook, -err);
+		if (err)
+			return forward_slow(skb, v6 ? &s->flow6.f : &s->flow4.f, false, v6);
+	}
 	if (verdict == VERDICT_OPEN) {
 		err = flow_open(skb, v6);
 		if (err) {
@@ -258,6 +265,11 @@ static __always_inline int conclude_of(struct __sk_buff *skb, struct scratch *s,
 		return verdict;
 	}
 	f = flow_find_slow(s, v6);
+	if (!f && verdict == VERDICT_FORWARD) {
+		f = syn_find(s, v6);
+		if (f)
+			syn_answer(skb, p, f, v6);
+	}
 	if (!f)
 		return drop(skb, p->hook, REASON_FLOW_TABLE_FULL);
 	flow_turn(f, p->proto, p->tcp_flags, v6);

@@ -5,7 +5,7 @@
  */
 #pragma once
 
-#include "nat.h"
+#include "syn.h"
 
 /* Bytes of the packet's own data; padding behind it is none. 0 or negative. */
 static __always_inline long load_data(struct __sk_buff *skb, const struct packet *p, __u32 off,
@@ -112,17 +112,22 @@ static __always_inline int parse_quoted(struct __sk_buff *skb, struct scratch *s
 	return 0;
 }
 
-/* The entry for the direction that the error travels in; NULL: it is about none of our flows. */
+/*
+ * The entry for the direction that the error travels in; NULL: it is about none of our flows. One about a
+ * connection of the world's that waits yet travels as its answers would.
+ */
 static __always_inline struct flow *quoted_flow(struct scratch *s, enum hook hook, const bool v6)
 {
 	const struct packet *q = &s->quoted.p;
+	void *key = v6 ? (void *)&s->key6 : (void *)&s->key4;
+	struct flow *f;
 
-	if (v6) {
+	if (v6)
 		flow_key6(&s->key6, &q->daddr, &q->saddr, q->dport, q->sport, q->proto, hook);
-		return bpf_map_lookup_elem(&flows6, &s->key6);
-	}
-	flow_key4(&s->key4, &q->daddr, &q->saddr, q->dport, q->sport, q->proto, hook);
-	return bpf_map_lookup_elem(&flows4, &s->key4);
+	else
+		flow_key4(&s->key4, &q->daddr, &q->saddr, q->dport, q->sport, q->proto, hook);
+	f = bpf_map_lookup_elem(flow_table(v6), key);
+	return f || hook != HOOK_CONTAINER ? f : bpf_map_lookup_elem(syn_table(v6), key);
 }
 
 /* Stores a 16-bit word of the error's body and mends the ICMP checksum. 0 or -errno, as all of these. */

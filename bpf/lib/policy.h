@@ -480,7 +480,7 @@ static __always_inline int plan_published(struct __sk_buff *skb, struct scratch 
 		return -REASON_PORT_NOT_READY;
 	if (p->proto == IPPROTO_SCTP && port->port != p->dport)
 		return -REASON_UNSUPPORTED;
-	if (p->tcp_flags & TCP_RST)
+	if (p->tcp_flags & TCP_RST && !syn_concerns(p))
 		return -REASON_NO_FLOW;
 	plan_start(n, p);
 	n->daddr = port->addr;
@@ -543,7 +543,7 @@ static __always_inline int plan_direct(struct __sk_buff *skb, struct scratch *s,
 		return -REASON_MARTIAN;
 	if (p->flags & PACKET_PORTS_LOST)
 		return -REASON_FRAGMENT_NOT_FOUND;
-	if (p->flags & PACKET_ICMP_ERROR || p->tcp_flags & TCP_RST)
+	if (p->flags & PACKET_ICMP_ERROR)
 		return -REASON_NO_FLOW;
 	plan_start(&s->plan, p);
 	s->plan.port = port;

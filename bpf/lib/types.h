@@ -322,6 +322,22 @@ struct flow6 {
 	struct addr nexthop; /* towards an uplink */
 };
 
+/*
+ * A TCP connection from the world that its client has not confirmed: the answers' half of the flow that
+ * it becomes. Keyed as they are seen at the container.
+ */
+struct syn4 {
+	struct flow4 answer;
+	__u32 seq; /* of what the container sent, host order */
+	__u32 answered; /* seq holds */
+};
+
+struct syn6 {
+	struct flow6 answer;
+	__u32 seq;
+	__u32 answered;
+};
+
 struct frag_key {
 	struct addr saddr;
 	struct addr daddr;
@@ -399,5 +415,7 @@ ASSERT_SIZE(flow6_key, 40);
 ASSERT_SIZE(flow, 56);
 ASSERT_SIZE(flow4, 64);
 ASSERT_SIZE(flow6, 104);
+ASSERT_SIZE(syn4, 72);
+ASSERT_SIZE(syn6, 112);
 ASSERT_SIZE(frag_key, 44);
 ASSERT_SIZE(sock_peer_key, 32);
