@@ -40,7 +40,7 @@ enum reason {
 	REASON_SNAT_EXHAUSTED, /* no free port towards this destination */
 	REASON_FLOW_TABLE_FULL,
 	REASON_FLOW_COLLISION, /* two flows would look alike to the container */
-	REASON_NO_FLOW, /* TCP RST or ICMP error that belongs to no flow */
+	REASON_NO_FLOW, /* TCP RST, SYN-ACK or ICMP error that belongs to no flow */
 	REASON_STALE_FLOW, /* its endpoint is gone */
 	REASON_TRANSIT, /* between foreign devices; forwarding is on only for us */
 	REASON_MARTIAN, /* an uplink's packet from one of our own addresses */
