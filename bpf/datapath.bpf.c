@@ -64,7 +64,7 @@ int to_uplink_l3(struct __sk_buff *skb)
 SEC("syscall")
 int expire(struct expire_args *args)
 {
-	struct sweep s = { .purge = false };
+	struct sweep s = { .count = true };
 
 	gc_arm();
 	sweep_tables(&s);

@@ -43,8 +43,10 @@ type DatapathConfig struct {
 		Icmp           uint32
 		Other          uint32
 	}
-	AcceptMark uint32
-	AcceptMask uint32
+	AcceptMark    uint32
+	AcceptMask    uint32
+	EndpointFlows uint32
+	Pad           uint32
 }
 
 type DatapathConfigFlags uint32
@@ -86,6 +88,13 @@ type DatapathEndpointFlags uint8
 const (
 	DatapathEndpointFlagsENDPOINT_READY DatapathEndpointFlags = 1
 )
+
+type DatapathEndpointFlows struct {
+	_       structs.HostLayout
+	Flows   int64
+	Counted int64
+	Off     int64
+}
 
 type DatapathExpireArgs struct {
 	_       structs.HostLayout
@@ -370,7 +379,8 @@ const (
 	DatapathReasonREASON_NO_ROUTE           DatapathReason = 22
 	DatapathReasonREASON_NO_MEMORY          DatapathReason = 23
 	DatapathReasonREASON_NOT_PUBLISHED      DatapathReason = 24
-	DatapathReasonREASON_COUNT              DatapathReason = 25
+	DatapathReasonREASON_FLOW_CAP           DatapathReason = 25
+	DatapathReasonREASON_COUNT              DatapathReason = 26
 )
 
 type DatapathReservation struct {
@@ -562,6 +572,7 @@ const (
 	DatapathMapAllowedSources  = "allowed_sources"
 	DatapathMapConfig          = "config"
 	DatapathMapDrops           = "drops"
+	DatapathMapEndpointFlows   = "endpoint_flows"
 	DatapathMapEndpointSlots   = "endpoint_slots"
 	DatapathMapEndpointStats   = "endpoint_stats"
 	DatapathMapEndpoints       = "endpoints"
@@ -664,6 +675,7 @@ type DatapathMapSpecs struct {
 	AllowedSources  *ebpf.MapSpec `ebpf:"allowed_sources"`
 	Config          *ebpf.MapSpec `ebpf:"config"`
 	Drops           *ebpf.MapSpec `ebpf:"drops"`
+	EndpointFlows   *ebpf.MapSpec `ebpf:"endpoint_flows"`
 	EndpointSlots   *ebpf.MapSpec `ebpf:"endpoint_slots"`
 	EndpointStats   *ebpf.MapSpec `ebpf:"endpoint_stats"`
 	Endpoints       *ebpf.MapSpec `ebpf:"endpoints"`
@@ -722,6 +734,7 @@ type DatapathMaps struct {
 	AllowedSources  *ebpf.Map `ebpf:"allowed_sources"`
 	Config          *ebpf.Map `ebpf:"config"`
 	Drops           *ebpf.Map `ebpf:"drops"`
+	EndpointFlows   *ebpf.Map `ebpf:"endpoint_flows"`
 	EndpointSlots   *ebpf.Map `ebpf:"endpoint_slots"`
 	EndpointStats   *ebpf.Map `ebpf:"endpoint_stats"`
 	Endpoints       *ebpf.Map `ebpf:"endpoints"`
@@ -756,6 +769,7 @@ func (m *DatapathMaps) Close() error {
 		m.AllowedSources,
 		m.Config,
 		m.Drops,
+		m.EndpointFlows,
 		m.EndpointSlots,
 		m.EndpointStats,
 		m.Endpoints,

@@ -586,6 +586,9 @@ func (h *host) reset() {
 	clearMap[bpf.DatapathFlow6Key, bpf.DatapathSyn6](h, "syns6")
 	clearMap[bpf.DatapathFragKey, bpf.DatapathFrag](h, "frags")
 	h.put("flow_gauge", uint32(0), bpf.DatapathFlowGauge{})
+	for slot := range places {
+		h.put("endpoint_flows", uint32(slot), bpf.DatapathEndpointFlows{})
+	}
 }
 
 func clearMap[K comparable, V any](h *host, name string) {

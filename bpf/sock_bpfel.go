@@ -43,8 +43,10 @@ type SockConfig struct {
 		Icmp           uint32
 		Other          uint32
 	}
-	AcceptMark uint32
-	AcceptMask uint32
+	AcceptMark    uint32
+	AcceptMask    uint32
+	EndpointFlows uint32
+	Pad           uint32
 }
 
 type SockCount struct {
@@ -71,6 +73,13 @@ type SockEndpointCount struct {
 	Rx   SockCount
 	Tx   SockCount
 	Drop SockCount
+}
+
+type SockEndpointFlows struct {
+	_       structs.HostLayout
+	Flows   int64
+	Counted int64
+	Off     int64
 }
 
 type SockFlow4 struct {
@@ -327,6 +336,7 @@ const (
 	SockMapAllowedSources    = "allowed_sources"
 	SockMapConfig            = "config"
 	SockMapDrops             = "drops"
+	SockMapEndpointFlows     = "endpoint_flows"
 	SockMapEndpointSlots     = "endpoint_slots"
 	SockMapEndpointStats     = "endpoint_stats"
 	SockMapEndpoints         = "endpoints"
@@ -428,6 +438,7 @@ type SockMapSpecs struct {
 	AllowedSources  *ebpf.MapSpec `ebpf:"allowed_sources"`
 	Config          *ebpf.MapSpec `ebpf:"config"`
 	Drops           *ebpf.MapSpec `ebpf:"drops"`
+	EndpointFlows   *ebpf.MapSpec `ebpf:"endpoint_flows"`
 	EndpointSlots   *ebpf.MapSpec `ebpf:"endpoint_slots"`
 	EndpointStats   *ebpf.MapSpec `ebpf:"endpoint_stats"`
 	Endpoints       *ebpf.MapSpec `ebpf:"endpoints"`
@@ -485,6 +496,7 @@ type SockMaps struct {
 	AllowedSources  *ebpf.Map `ebpf:"allowed_sources"`
 	Config          *ebpf.Map `ebpf:"config"`
 	Drops           *ebpf.Map `ebpf:"drops"`
+	EndpointFlows   *ebpf.Map `ebpf:"endpoint_flows"`
 	EndpointSlots   *ebpf.Map `ebpf:"endpoint_slots"`
 	EndpointStats   *ebpf.Map `ebpf:"endpoint_stats"`
 	Endpoints       *ebpf.Map `ebpf:"endpoints"`
@@ -518,6 +530,7 @@ func (m *SockMaps) Close() error {
 		m.AllowedSources,
 		m.Config,
 		m.Drops,
+		m.EndpointFlows,
 		m.EndpointSlots,
 		m.EndpointStats,
 		m.Endpoints,

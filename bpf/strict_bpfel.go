@@ -43,8 +43,10 @@ type StrictConfig struct {
 		Icmp           uint32
 		Other          uint32
 	}
-	AcceptMark uint32
-	AcceptMask uint32
+	AcceptMark    uint32
+	AcceptMask    uint32
+	EndpointFlows uint32
+	Pad           uint32
 }
 
 type StrictCount struct {
@@ -71,6 +73,13 @@ type StrictEndpointCount struct {
 	Rx   StrictCount
 	Tx   StrictCount
 	Drop StrictCount
+}
+
+type StrictEndpointFlows struct {
+	_       structs.HostLayout
+	Flows   int64
+	Counted int64
+	Off     int64
 }
 
 type StrictFlow4 struct {
@@ -332,6 +341,7 @@ const (
 	StrictMapAllowedSources    = "allowed_sources"
 	StrictMapConfig            = "config"
 	StrictMapDrops             = "drops"
+	StrictMapEndpointFlows     = "endpoint_flows"
 	StrictMapEndpointSlots     = "endpoint_slots"
 	StrictMapEndpointStats     = "endpoint_stats"
 	StrictMapEndpoints         = "endpoints"
@@ -418,6 +428,7 @@ type StrictMapSpecs struct {
 	AllowedSources  *ebpf.MapSpec `ebpf:"allowed_sources"`
 	Config          *ebpf.MapSpec `ebpf:"config"`
 	Drops           *ebpf.MapSpec `ebpf:"drops"`
+	EndpointFlows   *ebpf.MapSpec `ebpf:"endpoint_flows"`
 	EndpointSlots   *ebpf.MapSpec `ebpf:"endpoint_slots"`
 	EndpointStats   *ebpf.MapSpec `ebpf:"endpoint_stats"`
 	Endpoints       *ebpf.MapSpec `ebpf:"endpoints"`
@@ -476,6 +487,7 @@ type StrictMaps struct {
 	AllowedSources  *ebpf.Map `ebpf:"allowed_sources"`
 	Config          *ebpf.Map `ebpf:"config"`
 	Drops           *ebpf.Map `ebpf:"drops"`
+	EndpointFlows   *ebpf.Map `ebpf:"endpoint_flows"`
 	EndpointSlots   *ebpf.Map `ebpf:"endpoint_slots"`
 	EndpointStats   *ebpf.Map `ebpf:"endpoint_stats"`
 	Endpoints       *ebpf.Map `ebpf:"endpoints"`
@@ -510,6 +522,7 @@ func (m *StrictMaps) Close() error {
 		m.AllowedSources,
 		m.Config,
 		m.Drops,
+		m.EndpointFlows,
 		m.EndpointSlots,
 		m.EndpointStats,
 		m.Endpoints,

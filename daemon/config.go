@@ -36,6 +36,9 @@ type Config struct {
 
 	// Flows is the number of flows that the tables hold, rounded up to a power of two; 0: by memory.
 	Flows int
+	// EndpointFlows is the number of flows that one endpoint may have: opened by it, or to it from beyond
+	// the containers. 0: any.
+	EndpointFlows int
 	// Timeouts overrides idle times by name: see TimeoutNames.
 	Timeouts map[string]time.Duration
 	// IPForwardNoDrop lets transit between foreign devices pass where bpfnet turned forwarding on.
@@ -85,6 +88,7 @@ type Live struct {
 	Timeouts               map[string]time.Duration
 	AllowDirectRouting     bool
 	AcceptMark, AcceptMask uint32
+	EndpointFlows          int
 	MetricsLimit           int
 }
 
@@ -92,7 +96,7 @@ type Live struct {
 func (c Config) Live() Live {
 	return Live{
 		Timeouts: c.Timeouts, AllowDirectRouting: c.AllowDirectRouting,
-		AcceptMark: c.AcceptMark, AcceptMask: c.AcceptMask, MetricsLimit: c.MetricsLimit,
+		AcceptMark: c.AcceptMark, AcceptMask: c.AcceptMask, EndpointFlows: c.EndpointFlows, MetricsLimit: c.MetricsLimit,
 	}
 }
 

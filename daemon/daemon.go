@@ -578,6 +578,7 @@ func (d *Daemon) takeChanges(ctx context.Context) error {
 			d.round.Lock()
 			d.timeouts, d.cfg.AllowDirectRouting = timeouts, l.AllowDirectRouting
 			d.cfg.AcceptMark, d.cfg.AcceptMask = l.AcceptMark, l.AcceptMask
+			d.cfg.EndpointFlows = l.EndpointFlows
 			d.round.Unlock()
 			d.metrics.SetLimit(l.MetricsLimit)
 			signal(d.retimed)
@@ -872,6 +873,7 @@ func (d *Daemon) settings(devices policy.Devices) (bpfmaps.Settings, error) {
 	s := bpfmaps.Settings{
 		NetnsCookie: d.cookie, HashSeed: d.seed,
 		ReservationWait: toTicks(reservationWait), Timeouts: tickTimeouts(d.timeouts),
+		EndpointFlows: d.cfg.EndpointFlows,
 	}
 	s.DirectRouting, s.AcceptMark, s.AcceptMask = d.cfg.AllowDirectRouting, d.cfg.AcceptMark, d.cfg.AcceptMask
 	var names []string

@@ -39,6 +39,7 @@ type Settings struct {
 	HashSeed               uint32
 	ReservationWait        uint32 // ticks
 	Timeouts               Timeouts
+	EndpointFlows          int // that one endpoint may have; 0: any
 }
 
 // realised is what the maps hold, in the data path's own shapes.
@@ -499,6 +500,7 @@ func (w *Writer) writeConfig(s Settings, renew bool) error {
 		cfg.Flags |= bpf.DatapathConfigFlagsCONFIG_DIRECT_ROUTING
 	}
 	cfg.AcceptMark, cfg.AcceptMask = s.AcceptMark, s.AcceptMask
+	cfg.EndpointFlows = uint32(s.EndpointFlows)
 	for i, r := range s.SNAT[:min(len(s.SNAT), len(cfg.Snat))] {
 		cfg.Snat[i].First, cfg.Snat[i].Count = r.First, uint32(r.Count)
 	}

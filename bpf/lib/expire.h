@@ -14,6 +14,7 @@ struct sweep {
 	__u32 now;
 	__u32 pressure[2];
 	bool purge; /* also what belongs to slots that are gone */
+	bool count; /* the flows of each endpoint, too */
 };
 
 static __always_inline bool slot_gone(__u32 slot)
@@ -49,6 +50,36 @@ static __always_inline bool flow_orphaned(const struct flow *f)
 	return peer && peer->ifindex != f->ifindex; /* it came back on another interface */
 }
 
+static __always_inline void sweep_count(const struct sweep *s, const struct flow *f)
+{
+	__u32 slot = flow_payer(f);
+	struct endpoint_flows *e;
+
+	if (!s->count || !(f->flags & FLOW_ORIGIN) || !slot)
+		return;
+	e = bpf_map_lookup_elem(&endpoint_flows, &slot);
+	if (e)
+		e->counted++;
+}
+
+/*
+ * Compares what was counted with what was kept. They differ by what came and went meanwhile, and rightly so;
+ * only the same difference twice is an error.
+ */
+static long settle(void *map __attribute__((unused)), __u32 *key __attribute__((unused)),
+		   struct endpoint_flows *e, void *ctx __attribute__((unused)))
+{
+	__s64 off = e->counted - e->flows;
+
+	if (off && off == e->off) {
+		__sync_fetch_and_add(&e->flows, off);
+		off = 0;
+	}
+	e->off = off;
+	e->counted = 0;
+	return 0;
+}
+
 static long sweep_flow4(void *map __attribute__((unused)), struct flow4_key *key, struct flow4 *f,
 			struct sweep *s)
 {
@@ -61,6 +92,7 @@ static long sweep_flow4(void *map __attribute__((unused)), struct flow4_key *key
 		s->args.deleted[0]++;
 	} else {
 		s->args.live[0]++;
+		sweep_count(s, &f->f);
 	}
 	return 0;
 }
@@ -77,6 +109,7 @@ static long sweep_flow6(void *map __attribute__((unused)), struct flow6_key *key
 		s->args.deleted[1]++;
 	} else {
 		s->args.live[1]++;
+		sweep_count(s, &f->f);
 	}
 	return 0;
 }
@@ -98,6 +131,8 @@ static __always_inline void sweep_tables(struct sweep *s)
 		bpf_for_each_map_elem(&flows4, sweep_flow4, s, 0);
 	if (!g || g->entries[1])
 		bpf_for_each_map_elem(&flows6, sweep_flow6, s, 0);
+	if (s->count)
+		bpf_for_each_map_elem(&endpoint_flows, settle, s, 0);
 }
 
 static int gc_fire(void *map __attribute__((unused)), __u32 *key __attribute__((unused)),

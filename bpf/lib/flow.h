@@ -351,37 +351,72 @@ static __always_inline bool flow_reusable(const struct config *cfg, __u8 proto,
 	return (__s32)(now - f->last_seen) >= 2 && (__s32)(now - g->last_seen) >= 2;
 }
 
-static __always_inline void flow_delete4(const struct flow4_key *k)
+/* Whether it was there. */
+static __always_inline bool flow_delete(const void *key, const bool v6)
 {
-	if (!bpf_map_delete_elem(&flows4, k))
-		gauge_add(false, -1);
+	if (bpf_map_delete_elem(flow_table(v6), key))
+		return false;
+	gauge_add(v6, -1);
+	return true;
 }
 
-static __always_inline void flow_delete6(const struct flow6_key *k)
+/* The endpoint that a flow counts for, by either half: who opened it, else whom it reaches. Its slot, or 0. */
+static __always_inline __u32 flow_payer(const struct flow *f)
 {
-	if (!bpf_map_delete_elem(&flows6, k))
-		gauge_add(true, -1);
+	__u32 opener = f->flags & FLOW_ORIGIN ? f->endpoint : f->peer;
+
+	return opener ? opener : f->flags & FLOW_ORIGIN ? f->peer : f->endpoint;
+}
+
+static __always_inline void flow_charge(__u32 slot, __s64 n)
+{
+	struct endpoint_flows *e = slot ? bpf_map_lookup_elem(&endpoint_flows, &slot) : NULL;
+
+	if (e)
+		__sync_fetch_and_add(&e->flows, n);
+}
+
+/* Whether the endpoint that s->plan counts for may have no more. */
+static __always_inline bool flow_capped(const struct config *cfg, const struct plan *n)
+{
+	__u32 slot = n->endpoint ? n->endpoint : n->peer;
+	struct endpoint_flows *e;
+
+	if (!cfg->endpoint_flows || !slot)
+		return false;
+	e = bpf_map_lookup_elem(&endpoint_flows, &slot);
+	return e && e->flows >= (__s64)cfg->endpoint_flows;
+}
+
+/* Removes the entry f of key, and its other half where there is one. */
+static __always_inline void flow_delete_halves(const void *key, const void *other,
+					       const struct flow *f, const bool v6)
+{
+	/* f may be another flow's afterwards. */
+	bool origin = f->flags & FLOW_ORIGIN, gone, other_gone;
+	__u32 payer = flow_payer(f);
+
+	other_gone = other && flow_delete(other, v6);
+	gone = flow_delete(key, v6);
+	if (origin ? gone : other_gone)
+		flow_charge(payer, -1);
 }
 
 /* Removes both directions. k must be another copy of the key than the map's own. */
 static __always_inline void flow_delete_pair(const void *key, const struct flow *f, const bool v6)
 {
 	if (v6) {
-		const struct flow6_key *k = key;
 		struct flow6_key other;
 
-		partner_key6(&other, (const struct flow6 *)f, k->proto);
-		if (flow_out(f))
-			flow_delete6(&other);
-		flow_delete6(k);
+		partner_key6(&other, (const struct flow6 *)f,
+			     ((const struct flow6_key *)key)->proto);
+		flow_delete_halves(key, flow_out(f) ? &other : NULL, f, v6);
 	} else {
-		const struct flow4_key *k = key;
 		struct flow4_key other;
 
-		partner_key4(&other, (const struct flow4 *)f, k->proto);
-		if (flow_out(f))
-			flow_delete4(&other);
-		flow_delete4(k);
+		partner_key4(&other, (const struct flow4 *)f,
+			     ((const struct flow4_key *)key)->proto);
+		flow_delete_halves(key, flow_out(f) ? &other : NULL, f, v6);
 	}
 }
 
@@ -625,10 +660,7 @@ static __always_inline int flow_take_reverse_of(struct scratch *s, const bool v6
 		g = flow_out(held) ? bpf_map_lookup_elem(table, partner) : NULL;
 		if (!flow_reusable(cfg, p->proto, held, g, ticks(), v6))
 			return -EEXIST;
-		if (g && !bpf_map_delete_elem(table, partner))
-			gauge_add(v6, -1);
-		if (!bpf_map_delete_elem(table, key))
-			gauge_add(v6, -1);
+		flow_delete_halves(key, g ? partner : NULL, held, v6);
 		err = bpf_map_update_elem(table, key, value, BPF_NOEXIST);
 		if (!err)
 			gauge_add(v6, 1);
@@ -671,11 +703,9 @@ static __always_inline int flow_add_forward(struct scratch *s, const struct conf
 		return bpf_map_update_elem(table, key, value, BPF_EXIST);
 	if (!err) {
 		gauge_add(v6, 1);
+		flow_charge(flow_payer(value), 1);
 	} else if (s->plan.reverse_hook) {
-		if (v6)
-			flow_delete6(&s->key6);
-		else
-			flow_delete4(&s->key4);
+		flow_delete(v6 ? (void *)&s->key6 : (void *)&s->key4, v6);
 	}
 	return err;
 }
@@ -709,7 +739,8 @@ static __always_inline void flow_open_stack(struct scratch *s, const struct conf
 	n->sport = p->sport;
 	n->dport = p->dport;
 	n->endpoint = endpoint;
-	/* A full table costs lookups here, not packets. */
-	flow_add_forward(s, cfg, v6);
+	/* A full table costs lookups here, not packets; so does a container that has its share. */
+	if (!flow_capped(cfg, n))
+		flow_add_forward(s, cfg, v6);
 	gc_kick(cfg, v6);
 }

@@ -43,6 +43,7 @@ MAP(BPF_MAP_TYPE_HASH, flows6, struct flow6_key, struct flow6, 1024, 0);
 MAP(BPF_MAP_TYPE_LRU_HASH, syns4, struct flow4_key, struct syn4, 65536, 0);
 MAP(BPF_MAP_TYPE_LRU_HASH, syns6, struct flow6_key, struct syn6, 32768, 0);
 MAP(BPF_MAP_TYPE_ARRAY, flow_gauge, __u32, struct flow_gauge, 1, 0);
+MAP(BPF_MAP_TYPE_ARRAY, endpoint_flows, __u32, struct endpoint_flows, MAX_ENDPOINTS, 0);
 MAP(BPF_MAP_TYPE_LRU_HASH, frags, struct frag_key, struct frag, 8192, 0);
 MAP(BPF_MAP_TYPE_HASH, reservations, struct reservation_key, struct reservation, 65536,
     BPF_F_NO_PREALLOC);

@@ -357,6 +357,8 @@ static __always_inline int flow_open_of(struct __sk_buff *skb, struct scratch *s
 
 	if (!cfg)
 		return -REASON_NOT_READY;
+	if (flow_capped(cfg, &s->plan))
+		return -REASON_FLOW_CAP;
 	/* Also where there is no room for this one: its sender's next try shall find some. */
 	gc_kick(cfg, v6);
 	if (!(s->plan.flags & FLOW_SNAT)) {

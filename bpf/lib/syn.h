@@ -101,6 +101,8 @@ static __always_inline int syn_wait_of(struct __sk_buff *skb, struct scratch *s,
 	}
 	if (p->tcp_flags & TCP_RST && !f)
 		return -REASON_NO_FLOW;
+	if (!f && flow_capped(cfg, &s->plan))
+		return -REASON_FLOW_CAP;
 	/* Another way to the same container port, or the other half of a flow: it is for flow_open(). */
 	if (!f && bpf_map_lookup_elem(flow_table(v6), key))
 		return 0;

@@ -49,6 +49,7 @@ enum reason {
 	REASON_NO_ROUTE, /* no way back to the client */
 	REASON_NO_MEMORY, /* the kernel refused room for the packet's new header */
 	REASON_NOT_PUBLISHED, /* the engine holds the host's port, but it leads nowhere there */
+	REASON_FLOW_CAP, /* its container has as many flows as it may */
 	REASON_COUNT,
 };
 
@@ -253,6 +254,8 @@ struct config {
 	struct timeouts timeouts;
 	__u32 accept_mark; /* of packets that reach any port */
 	__u32 accept_mask; /* 0: there are none */
+	__u32 endpoint_flows; /* that a container may have in one network; 0: any number */
+	__u32 pad;
 };
 
 /* How a packet looks at its hook: the key of a flow entry. */
@@ -386,6 +389,16 @@ struct expire_args {
 /* Gauge of flow entries, kept on insert and delete only. */
 struct flow_gauge {
 	__s64 entries[2]; /* flows4, flows6 */
+};
+
+/*
+ * Flows that an endpoint opened, or that were opened to it from beyond the containers. Kept on insert and
+ * delete of the opening half; the daemon's sweeps check it.
+ */
+struct endpoint_flows {
+	__s64 flows;
+	__s64 counted; /* by the sweep that runs */
+	__s64 off; /* what the sweep before found missing; corrected when found twice */
 };
 
 /* What a host process dialled before the sock programs sent it to a container. */

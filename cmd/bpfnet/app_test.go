@@ -215,6 +215,7 @@ func TestUsageErrors(t *testing.T) {
 		"version x":                         `bpfnet: version: unexpected argument "x"; see "bpfnet version --help"`,
 		"stats --state= ":                   `bpfnet: stats: --state: empty path; see "bpfnet stats --help"`,
 		"daemon --flows many":               `bpfnet: daemon: invalid argument "many" for "--flows" flag: strconv.ParseInt: parsing "many": invalid syntax; see "bpfnet daemon --help"`,
+		"daemon --endpoint-flows -1":        `bpfnet: daemon: --endpoint-flows -1: want a positive number; see "bpfnet daemon --help"`,
 		"daemon --flows -1":                 `bpfnet: daemon: --flows -1: want a positive number; see "bpfnet daemon --help"`,
 		"daemon --attach xdp":               `bpfnet: daemon: --attach "xdp": want tcx or clsact; see "bpfnet daemon --help"`,
 		"daemon --relay some":               `bpfnet: daemon: --relay "some": want own, all or none; see "bpfnet daemon --help"`,
@@ -273,7 +274,7 @@ func TestDaemonConfig(t *testing.T) {
 	w.must("daemon", "--docker", "off", "--uplink", "eth0", "--uplink", "wg0", "--attach", "clsact", "--flows", "1000",
 		"--timeout", "udp=5m", "--timeout", "tcp-syn=10s", "--ip-forward-no-drop", "--default-bridge-no-masquerade",
 		"--default-bridge-no-icc", "--relay", "all", "--log-level", "error", "--cgroup", cgroup+"/",
-		"--metrics-listen", "127.0.0.1:9633", "--metrics-limit", "5")
+		"--metrics-listen", "127.0.0.1:9633", "--metrics-limit", "5", "--endpoint-flows", "300")
 	got := *w.daemon
 	got.Logger.Info("not to stderr")
 	assert.Empty(t, w.errs.String())
@@ -283,6 +284,7 @@ func TestDaemonConfig(t *testing.T) {
 		Timeouts:        map[string]time.Duration{"udp": 5 * time.Minute, "tcp-syn": 10 * time.Second},
 		IPForwardNoDrop: true, DefaultBridgeNoMasquerade: true, DefaultBridgeNoICC: true, Relay: daemon.RelayAll, Version: "1.2.3",
 		MetricsListen: netip.MustParseAddrPort("127.0.0.1:9633"), MetricsLimit: 5,
+		EndpointFlows: 300,
 	}, got)
 }
 

@@ -110,6 +110,7 @@ Each flag can also be set in the configuration file and in the environment: see
 	flags.StringArrayVar(&f.cfg.Uplinks, "uplink", nil, "`device` to take as an uplink, instead of those found; repeatable")
 	flags.StringVar(&f.cfg.Attach, "attach", "", "`how` to attach: tcx or clsact (default: tcx where the kernel has it, Linux 6.6)")
 	flags.IntVar(&f.cfg.Flows, "flows", 0, "`number` of flows that the tables hold, rounded up to a power of two (default: by memory)")
+	flags.IntVar(&f.cfg.EndpointFlows, "endpoint-flows", 0, "`number` of flows that one container may have in one network (default: any)")
 	flags.StringArrayVar(&f.timeouts, "timeout", nil, "idle time after which a flow is forgotten, as `NAME=DURATION` ("+strings.Join(daemon.TimeoutNames(), ", ")+"); repeatable")
 	flags.BoolVar(&f.cfg.IPForwardNoDrop, "ip-forward-no-drop", false, "let transit between foreign devices pass where the daemon turned forwarding on")
 	flags.BoolVar(&f.cfg.DefaultBridgeNoMasquerade, "default-bridge-no-masquerade", false, "keep container addresses of Docker's network \"bridge\" on the way out")
@@ -224,6 +225,9 @@ func checkDaemon(cfg daemon.Config) error {
 	}
 	if cfg.Flows < 0 {
 		return usagef("--flows %d: want a positive number", cfg.Flows)
+	}
+	if cfg.EndpointFlows < 0 {
+		return usagef("--endpoint-flows %d: want a positive number", cfg.EndpointFlows)
 	}
 	if cfg.MetricsLimit < 1 {
 		return usagef("--metrics-limit %d: want a positive number", cfg.MetricsLimit)

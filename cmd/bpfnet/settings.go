@@ -30,7 +30,7 @@ const (
 )
 
 // live are the keys that a running daemon takes up on SIGHUP.
-var live = []string{"allow-direct-routing", "bridge-accept-fwmark", "log-level", "metrics-limit", "timeout"}
+var live = []string{"allow-direct-routing", "bridge-accept-fwmark", "endpoint-flows", "log-level", "metrics-limit", "timeout"}
 
 // Where a value comes from, the stronger first.
 const (
