@@ -73,6 +73,14 @@ test-full: need-root ## like test, at the full counts (root, 90 minutes)
 	@$(MAKE) --no-print-directory check
 	@BPFNET_REQUIRE_ROOT=1 BPFNET_FULL=1 $(GO_TEST) -timeout 90m ./... | $(SUMMARY)
 
+.PHONY: fuzz
+fuzz: need-root ## hold the programs against their model, for FUZZTIME=1h each of frames and of sequences; crashers land in bpf/testdata (root)
+	@scripts/deps.sh build test
+	@for f in FuzzPacket FuzzSequence; do \
+		go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x ./bpf || exit 1; done
+
+FUZZTIME = 1h
+
 .PHONY: conformance
 conformance: need-root ## compare with Docker's own data path in every cell, write docs/generated/conformance.md (root, 10 minutes)
 	@scripts/deps.sh build test

@@ -663,11 +663,17 @@ func (h *host) counters() counters {
 	h.t.Helper()
 	out := make(counters)
 	add := func(name string, kinds int, label func(int) string) {
+		cpus := ebpf.MustPossibleCPU()
+		keys := make([]uint32, kinds*len(hookNames))
+		values := make([]bpf.DatapathCount, len(keys)*cpus)
+		var cursor ebpf.MapBatchCursor
+		if _, err := h.coll.Maps[name].BatchLookup(&cursor, keys, values, nil); !errors.Is(err, ebpf.ErrKeyNotExist) {
+			require.NoError(h.t, err)
+		}
 		for k := range kinds {
 			for hook, hookName := range hookNames {
-				var values []bpf.DatapathCount
-				require.NoError(h.t, h.coll.Maps[name].Lookup(uint32(k*len(hookNames)+hook), &values))
-				for _, v := range values {
+				i := (k*len(hookNames) + hook) * cpus
+				for _, v := range values[i : i+cpus] {
 					if v.Packets > 0 {
 						out[label(k)+" "+hookName] += v.Packets
 					}

@@ -9,52 +9,170 @@ import (
 	"bytes"
 	"encoding/hex"
 	"errors"
+	"fmt"
+	stdmaps "maps"
 	"math/rand/v2"
 	"net/netip"
+	"os"
 	"slices"
+	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/bpfnet/bpfnet/bpf"
 	"github.com/bpfnet/bpfnet/internal/lab/packet"
+	"github.com/bpfnet/bpfnet/internal/promise"
+	"github.com/bpfnet/bpfnet/policy"
 )
 
-func FuzzFromContainer(f *testing.F) { fuzz(f, "from_container") }
-
-func FuzzFromUplink(f *testing.F) { fuzz(f, "from_uplink") }
-
-func FuzzToContainer(f *testing.F) { fuzz(f, "to_container") }
-
-// mutations of the seeds that a plain test run adds.
-const mutations = 3000
-
-func fuzz(f *testing.F, program string) {
-	h := newHost(f, 4096)
-	ctx := map[string]skb{
-		"from_container": {Ifindex: uint32(h.links[alice])},
-		"from_uplink":    {Ifindex: uint32(h.up)},
-		"to_container":   {Ifindex: uint32(h.links[alice]), IngressIfindex: uint32(h.links[bob])},
-	}[program]
-	seeds := fuzzSeeds(h)
-	for _, frame := range seeds {
-		f.Add(frame)
+// fuzzTime is how long a plain test run plays, beside the committed corpus; go test -fuzz plays as long as it is told to.
+func fuzzTime() time.Duration {
+	if os.Getenv("BPFNET_FULL") == "1" {
+		return time.Minute
 	}
-	seed := rand.Uint64()
-	f.Logf("seed %d", seed)
-	random := rand.New(rand.NewPCG(seed, 0))
-	for range mutations {
-		if err := verdict(h, program, mutate(random, seeds[random.IntN(len(seeds))]), ctx); err != nil {
-			f.Fatalf("%v", err)
+	return 10 * time.Second
+}
+
+// fuzzHooks are the programs with what their hook would see.
+func fuzzHooks(h *host) []sent {
+	var out []sent
+	for _, slot := range []int{alice, carol, ian, quinn, peggy} {
+		out = append(out,
+			sent{program: "from_container", hook: bpf.DatapathHookHOOK_CONTAINER, ctx: skb{Ifindex: uint32(h.links[slot])}},
+			sent{program: "to_container", hook: bpf.DatapathHookHOOK_TO_CONTAINER, ctx: skb{Ifindex: uint32(h.links[slot])}},
+			sent{program: "to_container", hook: bpf.DatapathHookHOOK_TO_CONTAINER, ctx: skb{Ifindex: uint32(h.links[slot]), IngressIfindex: uint32(h.links[bob])}},
+			sent{program: "to_container", hook: bpf.DatapathHookHOOK_TO_CONTAINER, ctx: skb{Ifindex: uint32(h.links[slot]), IngressIfindex: uint32(h.up), Mark: acceptMark}})
+	}
+	return append(out,
+		sent{program: "from_uplink", hook: bpf.DatapathHookHOOK_UPLINK, ctx: skb{Ifindex: uint32(h.up)}},
+		sent{program: "from_uplink", hook: bpf.DatapathHookHOOK_UPLINK, ctx: skb{Ifindex: uint32(h.up), Mark: acceptMark}},
+		sent{program: "from_uplink_l3", hook: bpf.DatapathHookHOOK_UPLINK, ctx: skb{Ifindex: uint32(h.up)}},
+		sent{program: "from_host", hook: bpf.DatapathHookHOOK_HOST, ctx: skb{Ifindex: 1}},
+		sent{program: "from_bridge", hook: bpf.DatapathHookHOOK_BRIDGE, ctx: skb{Ifindex: uint32(h.bridges[netOne])}},
+		sent{program: "to_uplink", hook: bpf.DatapathHookHOOK_TO_UPLINK, ctx: skb{Ifindex: uint32(h.up)}},
+		sent{program: "to_uplink_l3", hook: bpf.DatapathHookHOOK_TO_UPLINK, ctx: skb{Ifindex: uint32(h.up)}})
+}
+
+// richWorld is a state with everything in it: a network of each mode, the one that keeps containers apart with a
+// link in it, published ports of all protocols, accepted marks.
+func richWorld() *world {
+	w := newWorld(&dice{})
+	options := func(n int, internal bool, given map[string]string) {
+		network := w.networks[n]
+		network.Internal = internal
+		o, _ := policy.ParseOptions(given, internal)
+		network.SetOptions(o)
+		w.networks[n] = network
+	}
+	options(netTwo, false, map[string]string{policy.OptMode4: "nat-unprotected", policy.OptMode6: "nat-unprotected", policy.OptSource4: families[0].host1.String()})
+	options(netInternal, true, map[string]string{policy.OptMode6: "isolated"})
+	options(netQuiet, false, map[string]string{policy.OptICC: "false", policy.OptTrusted: "up1"})
+	options(netRouted, false, map[string]string{policy.OptMode4: "routed", policy.OptMode6: "routed", policy.OptMasquerade: "false"})
+	w.pairs[[2]int{netOne, netTwo}] = true
+	w.openings[policy.Opening{From: endpointID(quinn), To: endpointID(rita), Proto: policy.TCP, Port: 80}] = true
+	w.settings.AcceptMark, w.settings.AcceptMask = acceptMark, acceptMask
+	for _, f := range families {
+		for _, slot := range []int{alice, rita, peggy} {
+			w.ports = append(w.ports,
+				policy.Port{Proto: policy.TCP, Host: at(f.unspecified, uint16(pubAlice+slot)), EndpointID: endpointID(slot), Target: 80},
+				policy.Port{Proto: policy.UDP, Host: at(f.host, uint16(pubAlice+slot)), EndpointID: endpointID(slot), Target: 80})
 		}
+		w.ports = append(w.ports, policy.Port{Proto: policy.TCP, Host: at(f.unspecified, pubAlice), EndpointID: endpointID(alice), Target: 80},
+			policy.Port{Proto: policy.UDP, Host: at(f.unspecified, pubAlice), EndpointID: endpointID(alice), Target: 80},
+			policy.Port{Proto: policy.SCTP, Host: at(f.unspecified, pubSCTP), EndpointID: endpointID(alice), Target: pubSCTP},
+			policy.Port{Proto: policy.TCP, Host: at(f.unspecified, pubLate), EndpointID: endpointID(alice), Target: 80, Refused: true})
 	}
-	f.Fuzz(func(t *testing.T, frame []byte) {
-		h.t = t
-		if err := verdict(h, program, frame, ctx); err != nil {
+	return w
+}
+
+// packetFuzzer judges single frames at all hooks, in the rich state with some flows in it.
+type packetFuzzer struct {
+	h     *host
+	hooks []sent
+	seeds [][]byte
+	seen  map[string]bool
+	last  counters
+	marks bool // are accepted
+}
+
+func newPacketFuzzer(t testing.TB) *packetFuzzer {
+	h := newHost(t, 4096)
+	w := richWorld()
+	tables, _ := policy.Compile(w.intents(h), policy.Slots{})
+	_, err := newWriter(h).Apply(tables, w.settings)
+	require.NoError(t, err)
+	return &packetFuzzer{h: h, hooks: fuzzHooks(h), seeds: fuzzSeeds(h), seen: make(map[string]bool), last: h.counters(), marks: true}
+}
+
+// play reads the first byte as the hook, and whether marks are accepted, and the rest as the frame.
+func (p *packetFuzzer) play(data []byte) error {
+	if len(data) == 0 {
+		return nil
+	}
+	if marks := data[0] < 128; marks != p.marks {
+		p.marks = marks
+		p.h.setConfig(func(c *bpf.DatapathConfig) {
+			c.AcceptMask = 0
+			if marks {
+				c.AcceptMask = acceptMask
+			}
+			c.Generation++
+		})
+	}
+	return p.verdict(p.hooks[int(data[0]&127)%len(p.hooks)], data[1:])
+}
+
+// FuzzPacket: see play. The data path cannot tell Go's fuzzer which
+// of its branches were taken; feedback() has it see at least how each packet ended.
+func FuzzPacket(f *testing.F) {
+	p := newPacketFuzzer(f)
+	for i, frame := range p.seeds {
+		f.Add(append([]byte{byte(i % len(p.hooks))}, frame...))
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		p.h.t = t
+		if err := p.play(data); err != nil {
 			t.Fatalf("%v", err)
 		}
 	})
+}
+
+// Whatever the frame, it is judged once and counted once, and what it says is neither healed nor spoiled.
+func TestPackets(t *testing.T) {
+	p := newPacketFuzzer(t)
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	n := 0
+	play := func(hook int, frame []byte) {
+		n++
+		if err := p.play(append([]byte{byte(hook)}, frame...)); err != nil {
+			t.Fatalf("%v", err)
+		}
+	}
+	end := time.Now().Add(fuzzTime())
+	for _, marks := range []int{0, 128} {
+		for i := range p.hooks {
+			for _, frame := range p.seeds {
+				play(marks|i, frame)
+			}
+		}
+	}
+	for time.Now().Before(end) {
+		marks := random.IntN(2) * 128
+		for range 500 {
+			play(marks|random.IntN(len(p.hooks)), mutate(random, p.seeds[random.IntN(len(p.seeds))]))
+		}
+	}
+	t.Logf("ended as %q", slices.Sorted(stdmaps.Keys(p.seen)))
+	require.Greater(t, len(p.seen), 30, "ways to end")
+	promise.Kept(t, promise.Model, "Any frame whatsoever is judged and counted once; no byte behind its headers changes, and its checksums stay as right or as wrong as they were.",
+		"%d changed frames at %d hooks, which ended in %d ways", n, len(p.hooks), len(p.seen))
 }
 
 // fuzzSeeds are packets of all kinds, some of flows that they open.
@@ -86,6 +204,21 @@ func fuzzSeeds(h *host) [][]byte {
 		)
 		out = append(out, packet.Fragment(packet.UDP(at(a, 40000), server, toGateway(alice), data), 24, 77)...)
 		out = append(out, packet.Fragment(packet.UDP(server, port, fromOutside, data), 24, 77)...)
+	}
+	for _, f := range families {
+		for _, slot := range []int{carol, ian, quinn, peggy} {
+			own := f.addr(slot)
+			for _, dst := range []netip.AddrPort{
+				at(f.client2, 443), at(f.host, pubAlice), at(f.host, pubLate), at(f.host, 22), at(f.addr(alice), 80), at(f.addr(carol), 80), at(f.in(netOne, 99), 80),
+				at(f.noRoute(), 80), at(f.loopback, 80), at(f.addr(ian), 80),
+			} {
+				out = append(out, packet.TCP(at(own, 40000), dst, toGateway(slot)), packet.UDP(at(own, 40000), dst, toGateway(slot)))
+			}
+			out = append(out, packet.TCP(at(f.client2, 443), at(own, 80), fromOutside), packet.SCTP(at(own, 1), at(f.host, pubSCTP), toGateway(slot)),
+				packet.TCP(at(own, 40000), at(f.client2, 443), toGateway(slot), packet.Flags("R")), packet.UDP(at(f.addr(alice), 7), at(f.host, pubAlice), fromOutside),
+				packet.TCP(at(f.foreign, 1), at(f.host, uint16(pubAlice+slot)), fromOutside), packet.TCP(at(f.noRoute(), 1), at(f.host, uint16(pubAlice+slot)), fromOutside),
+				packet.TCP(at(own, 40000), at(f.addr(rita), 80), toNeighbour(slot, rita)), packet.TCP(at(own, 40000), at(f.addr(rita), 81), toNeighbour(slot, rita)))
+		}
 	}
 	a6 := families[1].addr(alice)
 	return append(out,
@@ -123,45 +256,136 @@ func mutate(random *rand.Rand, frame []byte) []byte {
 }
 
 // verdict runs the program and checks what must hold of every frame.
-func verdict(h *host, program string, frame []byte, ctx skb) error {
+func (p *packetFuzzer) verdict(at sent, frame []byte) error {
+	h := p.h
 	if len(frame) < 14 || len(frame) > 2000 {
 		return nil
 	}
-	r, err := h.tryRun(program, frame, ctx)
+	r, err := h.tryRun(at.program, frame, at.ctx)
 	if err != nil {
 		if errors.Is(err, unix.EINVAL) && len(frame) < 14+40 {
 			return nil // the kernel's own refusal of frames that end within the IP header
 		}
 		return fmtFrame(err.Error(), frame, nil)
 	}
+	after := h.counters()
+	end, err := ended(at, r, after.since(p.last))
+	p.last = after
+	if err != nil {
+		return fmtFrame(err.Error(), frame, r.out)
+	}
+	feedback(r.action, end)
+	p.seen[end] = true
+	if r.action == actShot {
+		return nil
+	}
+	if strings.HasSuffix(at.program, "_l3") {
+		return nil // its headers are elsewhere: what it writes is tried by tests of its own
+	}
+	return unspoiled(frame, r.out)
+}
+
+// ended says by which one counter a packet's end is told, and whether that is the end that the action says.
+func ended(at sent, r result, moved counters) (string, error) {
+	lost := dropped(noFragment, "uplink")
+	if n := moved[lost]; at.hook == bpf.DatapathHookHOOK_UPLINK && (r.action != actShot || len(moved) > 1) && n > 0 {
+		delete(moved, lost) // of earlier fragments, which this first one shows to have been a container's
+	}
+	end := ""
+	for k, n := range moved {
+		if end != "" || n != 1 {
+			return "", fmt.Errorf("one packet at %s, and these counters moved: %v", at.program, moved)
+		}
+		end = k
+	}
+	fate := strings.HasPrefix(end, "fate ")
+	if end != "" && !strings.HasSuffix(end, " "+hookName(at.hook)) {
+		return "", fmt.Errorf("%s counts %q", at.program, end)
+	}
+	straight := strings.HasPrefix(end, "fate container ") || strings.HasPrefix(end, "fate uplink ") || strings.HasPrefix(end, "fate lo ")
 	switch r.action {
 	case actShot:
-		return nil
-	case actPass, actRedirect:
+		if end == "" || fate {
+			return "", fmt.Errorf("dropped by %s, but counted as %q", at.program, end)
+		}
+	case actRedirect:
+		if at.hook == bpf.DatapathHookHOOK_TO_CONTAINER || !straight {
+			return "", fmt.Errorf("redirected by %s, but counted as %q", at.program, end)
+		}
+	case actPass:
+		if end != "" && (!fate || straight) || end == "" && at.hook == bpf.DatapathHookHOOK_CONTAINER {
+			return "", fmt.Errorf("passed by %s, but counted as %q", at.program, end)
+		}
 	default:
-		return fmtFrame("unknown action", frame, r.out)
+		return "", fmt.Errorf("%s returned %d", at.program, r.action)
 	}
-	if len(r.out) != len(frame) {
-		return fmtFrame("another length", frame, r.out)
+	return end, nil
+}
+
+// feedback has a branch for each end of a packet, so that the fuzzer, which sees the branches of Go only, knows a
+// packet that ended in a new way.
+func feedback(action int32, end string) {
+	var kind, hook string
+	if _, err := fmt.Sscanf(end, "drop %s %s", &kind, &hook); err != nil {
+		fmt.Sscanf(end, "fate %s %s", &kind, &hook)
 	}
-	if bytes.Equal(frame, r.out) {
+	h := 1 + slices.Index(hookNames, hook)
+	n, err := strconv.Atoi(kind)
+	if err != nil {
+		n = 32 + slices.Index(fateNames, kind)
+	}
+	// Counters of branches are told apart by their power of two.
+	for range 1 << (h & 7) {
+		branch.Add(1)
+	}
+	for range 1 << (n & 7) {
+		branch.Add(1)
+	}
+	switch n >> 3 {
+	case 0:
+		branch.Add(1)
+	case 1:
+		branch.Add(2)
+	case 2:
+		branch.Add(3)
+	case 3:
+		branch.Add(4)
+	case 4:
+		branch.Add(5)
+	}
+	switch action {
+	case actShot:
+		branch.Add(6)
+	case actRedirect:
+		branch.Add(7)
+	}
+}
+
+var branch atomic.Uint64 // so that no branch is without effect
+
+// unspoiled checks what a frame became that was let through.
+func unspoiled(frame, out []byte) error {
+	if len(out) != len(frame) {
+		return fmtFrame("another length", frame, out)
+	}
+	if bytes.Equal(frame, out) {
 		return nil
 	}
 	ip, l4, err := packet.Skew(frame)
-	ip2, l42, err2 := packet.Skew(r.out)
+	ip2, l42, err2 := packet.Skew(out)
 	if (err == nil) != (err2 == nil) {
-		return fmtFrame("parses no more, or only now", frame, r.out)
+		return fmtFrame("parses no more, or only now", frame, out)
 	}
 	if err == nil && (ip != ip2 || l4 != l42) {
-		return fmtFrame("checksum wrong by another difference", frame, r.out)
+		return fmtFrame("checksum wrong by another difference", frame, out)
 	}
 	if packet.VerifyChecksums(frame) == nil {
-		if err := packet.VerifyChecksums(r.out); err != nil {
-			return fmtFrame(err.Error(), frame, r.out)
+		if err := packet.VerifyChecksums(out); err != nil {
+			return fmtFrame(err.Error(), frame, out)
 		}
 	}
-	if end := headersEnd(frame); end < len(frame) && !bytes.Equal(frame[end:], r.out[end:]) {
-		return fmtFrame("data changed", frame, r.out)
+	if end := headersEnd(frame); end < len(frame) && !bytes.Equal(frame[end:], out[end:]) {
+		return fmtFrame("data changed", frame, out)
 	}
 	return nil
 }

@@ -115,6 +115,9 @@ var (
 	fateNames   = sync.OnceValue(func() []string { return enumNames("fate", "FATE_") })
 )
 
+// Reasons are the names of the drop reasons by number.
+func Reasons() []string { return reasonNames() }
+
 // Drop is the counter of one reason at one hook.
 type Drop struct {
 	Reason  string `json:"reason"`
