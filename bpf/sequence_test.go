@@ -315,12 +315,9 @@ type sequenceCounts struct {
 	seen                                        map[string]bool
 }
 
-// delivery is a packet that arrived, and how it looked before.
+// delivery is a packet that arrived.
 type delivery struct {
-	in    policy.Tuple
 	out   []byte
-	flow  *modelFlow
-	dir   int
 	slot  int // who got it, by place; 0: outside or the host
 	onLo  bool
 	proto policy.Proto
@@ -540,14 +537,15 @@ func (s *sequence) fromHost() sent {
 
 // reply answers a packet from where it arrived.
 func (s *sequence) reply(d delivery) sent {
-	smac, dmac := net.HardwareAddr(d.out[6:12]), net.HardwareAddr(d.out[:6])
 	var p sent
+	var smac, dmac net.HardwareAddr
+	sender := net.HardwareAddr(d.out[6:12])
 	switch {
 	case d.slot != 0:
 		p = sent{program: "from_container", hook: bpf.DatapathHookHOOK_CONTAINER, ctx: skb{Ifindex: uint32(s.h.links[d.slot])}}
 		p.packet.From, p.packet.Device = policy.FromContainer, s.h.links[d.slot]
-		p.packet.Gateway = bytes.Equal(smac, bridgeMAC(places[d.slot].network))
-		smac, dmac = macOf(d.slot), smac
+		p.packet.Gateway = bytes.Equal(sender, bridgeMAC(places[d.slot].network))
+		smac, dmac = macOf(d.slot), sender
 	case d.onLo:
 		p = sent{program: "from_host", hook: bpf.DatapathHookHOOK_HOST, ctx: skb{Ifindex: 1}}
 		p.packet.From, p.packet.Device = policy.FromHost, 1
@@ -853,7 +851,7 @@ func (s *sequence) send(p sent) {
 		}
 	}
 	s.travel(p, w)
-	d := delivery{in: p.packet.Tuple, out: r.out, flow: f, dir: w.dir, proto: p.packet.Proto, onLo: strings.HasPrefix(got, "fate lo")}
+	d := delivery{out: r.out, proto: p.packet.Proto, onLo: strings.HasPrefix(got, "fate lo")}
 	if slot := f.slots[1-w.dir]; slot != 0 {
 		for place, index := range h.links {
 			if index == s.m.tables.Endpoints[slot].Ifindex {
