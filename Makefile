@@ -87,7 +87,7 @@ conformance: need-root ## compare with Docker's own data path in every cell, wri
 	@go run ./internal/conformance/cmd
 
 .PHONY: bench
-bench: need-root ## measure everything, write docs/performance.md and its plots (root, up to 90 minutes)
+bench: need-root ## measure everything, write docs/performance.md, its plots and the README's figures (root, 40 minutes)
 	@scripts/deps.sh build test
 	@$(MAKE) --no-print-directory bench-build
 	@bin/bpfnet-bench -o bin/full.jsonl
@@ -103,9 +103,9 @@ FULL := docs/performance/full.jsonl
 RESULT = $(FULL)
 
 .PHONY: performance
-performance: ## write docs/performance.md and its plots from the committed result, or from RESULT=FILE
+performance: ## write docs/performance.md, its plots and the README's figures from the committed result, or from RESULT=FILE
 	@[ -e $(RESULT) ] || { echo "performance: no $(RESULT): make bench measures; or say RESULT=FILE" >&2; exit 1; }
-	@go run ./cmd/bpfnet-bench page $(RESULT) docs
+	@go run ./cmd/bpfnet-bench page $(RESULT) docs README.md
 
 .PHONY: reliability
 reliability: need-root ## run the tests that keep promises at full counts, write docs/reliability.md (root)

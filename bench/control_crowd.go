@@ -41,12 +41,14 @@ type crowd struct {
 // crowdGroup measures what the daemon does while 1,000 endpoints are there: 100 of containers, the
 // others of bpfnet's own sandboxes, which are made ten times as fast.
 func crowdGroup() Group {
-	return crowdGroupOf(crowdSize{Networks: 10, Containers: 10, Sandboxes: 90, Connects: 200})
+	return crowdGroupOf(crowdSize{Networks: 10, Containers: 10, Sandboxes: 90, Connects: 100})
 }
 
 func crowdGroupOf(size crowdSize) Group {
 	return Group{
 		Name:      "crowd",
+		Labs:      time.Minute,
+		Round:     30 * time.Second,
 		Scenarios: []string{Ready, Reconcile},
 		Modes:     []string{Bpfnet},
 		Build: func(t testing.TB, _ Options) []Probe {

@@ -21,7 +21,7 @@ import (
 func hostOnlyGroup() Group {
 	const scenario = "host-only"
 	return Group{
-		Name: scenario, Scenarios: []string{scenario}, Modes: []string{Host, Bpfnet}, Warm: true, Quick: true,
+		Name: scenario, Scenarios: []string{scenario}, Modes: []string{Host, Bpfnet}, Warm: true, Quick: true, Labs: 10 * time.Second, Round: 12 * time.Second,
 		Build: func(t testing.TB, o Options) []Probe {
 			paths := map[string]*site{}
 			for _, mode := range []string{Host, Bpfnet} {
@@ -124,7 +124,7 @@ func memoryOf(points []int, ports int) Group {
 		return Key{Scenario: scenario, Mode: mode, Metric: metric, At: at}
 	}
 	return Group{
-		Name: scenario, Scenarios: []string{scenario}, Modes: []string{DockerProxy, Bpfnet},
+		Name: scenario, Scenarios: []string{scenario}, Modes: []string{DockerProxy, Bpfnet}, Labs: 90 * time.Second, Round: time.Second,
 		Build: func(t testing.TB, o Options) []Probe {
 			var probes []Probe
 			if o.Wants(Bpfnet) {

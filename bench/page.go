@@ -104,6 +104,7 @@ func (r Report) page(plots map[string][]byte) ([]byte, error) {
 			}
 			return cmp.Or(strings.Join(out, ", "), "none")
 		},
+		"later": r.later,
 		"date":  func() string { return r.Header.Started.UTC().Format(time.DateOnly) },
 		"least": func() int { return r.leastRounds() },
 	}).Parse(pageText)
@@ -115,6 +116,20 @@ func (r Report) page(plots map[string][]byte) ([]byte, error) {
 		return nil, err
 	}
 	return out.Bytes(), nil
+}
+
+// later are the scenarios that were measured in other runs, and when.
+func (r Report) later() string {
+	var out []string
+	for _, scenario := range r.Scenarios() {
+		for _, rec := range r.Records {
+			if rec.Scenario == scenario && rec.Run != nil {
+				out = append(out, fmt.Sprintf("%s on %s, by %s", scenario, rec.Run.Started.UTC().Format(time.DateOnly), rec.Run.Version))
+				break
+			}
+		}
+	}
+	return strings.Join(out, "; ")
 }
 
 // leastRounds is the smallest number of rounds of a group.

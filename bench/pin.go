@@ -5,7 +5,9 @@ package bench
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
+	"testing"
 
 	"golang.org/x/sys/unix"
 )
@@ -37,9 +39,14 @@ func Retire() error {
 	for _, cpu := range allowed[:len(allowed)-1] {
 		others.Set(cpu)
 	}
+	return setCPUs("self", &others)
+}
+
+// setCPUs pins all threads of a process, and those that they start from then on.
+func setCPUs(pid string, cpus *unix.CPUSet) error {
 	// Threads inherit from those that start them: twice is enough for one that came in between.
 	for range 2 {
-		threads, err := os.ReadDir("/proc/self/task")
+		threads, err := os.ReadDir(filepath.Join("/proc", pid, "task"))
 		if err != nil {
 			return err
 		}
@@ -48,17 +55,39 @@ func Retire() error {
 			if err != nil {
 				return err
 			}
-			if err := unix.SchedSetaffinity(id, &others); err != nil && err != unix.ESRCH {
-				return fmt.Errorf("pin the harness: %w", err)
+			if err := unix.SchedSetaffinity(id, cpus); err != nil && err != unix.ESRCH {
+				return fmt.Errorf("pin process %s: %w", pid, err)
 			}
 		}
 	}
 	return nil
 }
 
+// proxyNote tells where the Engine's proxies run.
+const proxyNote = "docker-proxy runs on the CPU of client and server"
+
+// pinProxies puts the site's proxies where both ends of the traffic are: they are in its way.
+func (s *site) pinProxies(t testing.TB) {
+	t.Helper()
+	pids, err := processesIn(s.lab.Host, "docker-proxy")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(pids) == 0 {
+		t.Fatal("no docker-proxy runs")
+	}
+	var work unix.CPUSet
+	work.Set(WorkCPU())
+	for _, pid := range pids {
+		if err := setCPUs(strconv.Itoa(pid), &work); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // Pinning says what runs where.
 func Pinning() string {
-	return fmt.Sprintf("client and server, all iperf3 included: CPU %d; harness, engines, daemons, docker-proxy: the other %d. "+
+	return fmt.Sprintf("client and server, iperf3 and docker-proxy included: CPU %d; harness, engines, daemons: the other %d. "+
 		"Both ends are started by the harness and enter the namespaces and cgroups of containers and hosts: no seccomp profile, in no mode. "+
 		"Congestion control reno; neighbours stay reachable; br_netfilter is on, as an Engine leaves it",
 		WorkCPU(), len(allowed)-1)

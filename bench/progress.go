@@ -7,32 +7,50 @@ import (
 	"time"
 )
 
-// progress tells how much of a run is done, and when it may end. Only the group that runs is known in
-// its steps: those that follow are taken to be as long as those before.
+// progress tells how much of a run is done, and when it may end. Groups count by how long they are estimated
+// to take.
 type progress struct {
-	groups, group int // how many, and which one runs
-	steps, taken  int // of the group that runs, once it is built
-	start, begun  time.Time
-	now           func() time.Time
+	takes        []time.Duration // of groups
+	labs         []time.Duration // a part of takes
+	group        int             // that runs
+	steps, taken int             // of the group that runs, once it is built
+	start        time.Time
+	now          func() time.Time
 }
 
-// begin is called when the labs of a group stand.
-func (p *progress) begin(steps int) { p.steps, p.taken, p.begun = steps, 0, p.now() }
+func newProgress(groups []Group, o Options) *progress {
+	p := &progress{start: time.Now(), now: time.Now}
+	for _, g := range groups {
+		p.takes = append(p.takes, max(g.takes(o), time.Second)) // a group without an estimate counts a little
+		p.labs = append(p.labs, g.Labs)
+	}
+	return p
+}
+
+// enter is called before the labs of a group are built, begin when they stand.
+func (p *progress) enter(group int) { p.group, p.steps, p.taken = group, 0, 0 }
+func (p *progress) begin(steps int) { p.steps, p.taken = steps, 0 }
 
 func (p *progress) step() { p.taken++ }
 
 // String is "[2 of 7, 43 %, 3m20s left]".
 func (p *progress) String() string {
-	inGroup := 0.0
-	if p.steps > 0 {
-		inGroup = float64(p.taken) / float64(p.steps)
+	var all, done time.Duration
+	for i, takes := range p.takes {
+		all += takes
+		switch {
+		case i < p.group:
+			done += takes
+		case i == p.group && p.steps > 0:
+			labs := p.labs[i]
+			done += labs + time.Duration(float64(takes-labs)*float64(p.taken)/float64(p.steps))
+		}
 	}
-	done := (float64(p.group) + inGroup) / float64(p.groups)
-	s := fmt.Sprintf("[%d of %d, %.0f %%", p.group+1, p.groups, 100*done)
-	if done > 0 && p.taken > 2 {
-		elapsed := p.now().Sub(p.start)
-		left := time.Duration(float64(elapsed) * (1 - done) / done)
-		s += fmt.Sprintf(", %v left", left.Round(time.Second))
+	share := float64(done) / float64(all)
+	s := fmt.Sprintf("[%d of %d, %.0f %%", p.group+1, len(p.takes), 100*share)
+	if share > 0 {
+		left := float64(p.now().Sub(p.start)) * (1 - share) / share
+		s += fmt.Sprintf(", %v left", time.Duration(left).Round(time.Second))
 	}
 	return s + "]"
 }

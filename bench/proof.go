@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -100,8 +99,12 @@ func (p path) prove(delta counters, m moved) error {
 // packets that open a flow where those take another way than the rest.
 func strays(m moved) uint64 { return 50 + m.packets/100 }
 
+// proxied reports whether the Engine's proxy copies what goes along the path.
+func (p path) proxied() bool {
+	return p.mode == DockerProxy && (p.scenario == "host-published" || p.scenario == "hairpin")
+}
+
 func (p path) claims(m moved) []claim {
-	proxied := slices.Contains([]string{"host-published", "hairpin"}, p.scenario)
 	switch p.mode {
 	case Loopback:
 		return []claim{atLeast(device("lo"), m.packets)}
@@ -121,7 +124,7 @@ func (p path) claims(m moved) []claim {
 		}
 		return append(claims, atLeast(redirected, m.packets), atMost(toStack, strays(m)))
 	case DockerIPTables, DockerProxy, NFTables:
-		if p.mode == DockerProxy && proxied {
+		if p.proxied() {
 			return []claim{atLeast(proxyCPU, 1)}
 		}
 		claims := []claim{atMost(proxyCPU, 0)}

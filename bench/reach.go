@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -30,6 +31,16 @@ const reachIPv6 = 0.95
 
 func reachKey(scenario, mode string, family int, metric string, at int) Key {
 	return Key{Scenario: scenario, Mode: mode, Family: family, Metric: metric, At: at}
+}
+
+// reachNeeds reports whether the Reach table is made of a record of IPv6, or of the same thing by iptables.
+func reachNeeds(k Key) bool {
+	k.Family = 4
+	bpfnet := k
+	bpfnet.Mode = Bpfnet
+	return slices.ContainsFunc(reachTargets, func(t reachTarget) bool {
+		return t.row <= 5 && (t.of == k || t.by == k || t.of == bpfnet && k.Mode == DockerIPTables)
+	})
 }
 
 func reachRatio(row int, scenario, limit, words, metric, today string, want float64) reachTarget {

@@ -68,6 +68,14 @@ type Record struct {
 	CPU     *Spread   `json:"cpu_ns,omitempty"` // per unit of work
 	Samples []float64 `json:"samples"`          // in the order in which they were taken
 	Note    string    `json:"note,omitempty"`   // how it departs from what its key says
+	// Of a group that was put in from another run, see [Report.Merge]: that run.
+	Run *Origin `json:"run,omitempty"`
+}
+
+// Origin is the run that a record is of.
+type Origin struct {
+	Started time.Time `json:"started"`
+	Version string    `json:"version"` // of bpfnet
 }
 
 // Header is the first line of a report.

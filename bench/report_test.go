@@ -245,9 +245,12 @@ func TestReach(t *testing.T) {
 
 	published := reachKey("published", Bpfnet, 4, "crr", 0)
 	published6 := reachKey("egress", Bpfnet, 6, "rr", 0)
-	hostOnly := reachTargets[len(reachTargets)-1]
+	target := func(what string) reachTarget {
+		return reachTargets[slices.IndexFunc(reachTargets, func(t reachTarget) bool { return t.what == what })]
+	}
+	hostOnly := target("host-only rr, bpfnet attached ÷ detached")
 	missed := Reach(reachReport(map[Key]float64{published: 899, published6: 902, hostOnly.of: 979,
-		reachTargets[len(reachTargets)-3].of: 1.001}))
+		target("docker run with 1 000 published ports").of: 1.001}))
 	for _, l := range missed {
 		switch l.What {
 		case "remote → published crr ÷ host", "container → outside rr ÷ host → outside, IPv6 ÷ IPv4", "docker run with 1 000 published ports":
@@ -273,7 +276,7 @@ func TestWriteReach(t *testing.T) {
 	quick := inventedTraffic()
 	quick.Header.Started = quick.Header.Started.AddDate(0, 0, 5)
 	full := reachReport(map[Key]float64{reachKey("flows", Bpfnet, 4, "crr", 500000): 800})
-	full.Records = full.Records[:len(full.Records)-3] // an old result, without host-only
+	full.Records = slices.DeleteFunc(full.Records, func(r Record) bool { return r.Scenario == "host-only" }) // an old result
 	var out bytes.Buffer
 	require.NoError(t, WriteReach(&out, Quote(Reach(quick.Report), full)))
 	golden(t, "reach.txt", out.String())
@@ -390,4 +393,57 @@ func TestPage(t *testing.T) {
 		assert.Equal(t, string(want), string(have), name)
 		assert.Equal(t, string(want), string(same[name]), name)
 	}
+}
+
+// What was measured again takes the place of its group, and says of which run it is.
+func TestMerge(t *testing.T) {
+	full := reachReport(nil)
+	again := inventedTraffic().Report
+	again.Header.Started, again.Header.Version = full.Header.Started.AddDate(0, 0, 1), "v1-invented"
+	again.Records = slices.DeleteFunc(again.Records, func(r Record) bool { return r.Scenario != "ports" })
+	merged, err := full.Merge(again)
+	require.NoError(t, err)
+	rec, ok := merged.find(reachKey("ports", Bpfnet, 4, "crr", 1))
+	require.True(t, ok)
+	assert.Equal(t, 31e3, rec.Median)
+	assert.Equal(t, &Origin{again.Header.Started, "v1-invented"}, rec.Run)
+	rec, ok = merged.find(reachKey("egress", Bpfnet, 4, "rr", 0))
+	require.True(t, ok)
+	assert.Nil(t, rec.Run)
+	assert.Equal(t, "ports on 2026-11-04, by v1-invented", merged.later())
+	var text bytes.Buffer
+	require.NoError(t, merged.Write(&text))
+	_, err = Read(&text, "merged")
+	require.NoError(t, err)
+
+	part := again
+	part.Records = part.Records[:1]
+	_, err = full.Merge(part)
+	assert.ErrorContains(t, err, "ports v4 at 1 crr, bpfnet is not in the later run")
+	for _, other := range []func(h *Header){
+		func(h *Header) { h.Kernel = "6.1.0" }, func(h *Header) { h.Quick = true }, func(h *Header) { h.Rounds = 1 },
+	} {
+		b := again
+		other(&b.Header)
+		_, err = full.Merge(b)
+		assert.ErrorContains(t, err, "differs")
+	}
+}
+
+func TestReadme(t *testing.T) {
+	r := inventedTraffic().Report
+	golden(t, "readme.md", r.Readme())
+	text := "# name\n\nWhat it is.\n\n## First command\n\nmake\n"
+	first, err := r.InReadme(text)
+	require.NoError(t, err)
+	assert.Equal(t, "# name\n\nWhat it is.\n\n"+r.Readme()+"## First command\n\nmake\n", first)
+	second, err := r.InReadme(first)
+	require.NoError(t, err)
+	assert.Equal(t, first, second)
+	other, err := reachReport(nil).InReadme(first)
+	require.NoError(t, err)
+	assert.NotEqual(t, first, other)
+	assert.True(t, strings.HasSuffix(other, "\n\n## First command\n\nmake\n"))
+	_, err = r.InReadme("# other\n")
+	assert.ErrorContains(t, err, "no place")
 }

@@ -18,7 +18,7 @@ import (
 // Options narrow and lengthen a run.
 type Options struct {
 	Rounds int // of every group that does not say less itself; at least 5 where it counts
-	// Window is how long one sample of traffic takes, after its warm-up. 0: 700 ms.
+	// Window is how long one sample of traffic takes, after its warm-up. 0: 700 ms, the generator's own.
 	Window time.Duration
 	// Scenarios and Modes are those to measure; empty: all.
 	Scenarios, Modes []string
@@ -71,6 +71,9 @@ type Group struct {
 	Warm bool
 	// Quick groups are what a quick run consists of. It measures others only where their scenarios are named.
 	Quick bool
+	// Labs and Round are about how long the labs and one round of all modes take on two CPUs, with windows of
+	// the usual length: for estimates.
+	Labs, Round time.Duration
 	// Build makes the labs, which end with t, and returns the probes in the order of a round.
 	Build func(t testing.TB, o Options) []Probe
 }
@@ -81,6 +84,32 @@ func (g Group) wanted(o Options) bool {
 		return false
 	}
 	return slices.ContainsFunc(g.Scenarios, o.WantsScenario) && (len(g.Modes) == 0 || slices.ContainsFunc(g.Modes, o.Wants))
+}
+
+// takes is about how long the group takes. Where modes or metrics are left out, it takes less.
+func (g Group) takes(o Options) time.Duration {
+	rounds := g.rounds(o)
+	if g.Warm {
+		rounds++
+	}
+	return g.Labs + time.Duration(rounds)*g.Round
+}
+
+func (g Group) rounds(o Options) int {
+	if g.Rounds != 0 {
+		return min(o.Rounds, g.Rounds)
+	}
+	return o.Rounds
+}
+
+// Estimate is about how long a run takes at the most.
+func Estimate(groups []Group, o Options) (sum time.Duration) {
+	for _, g := range groups {
+		if g.wanted(o) {
+			sum += g.takes(o)
+		}
+	}
+	return sum
 }
 
 // Check names the first scenario or mode of the options that no group has.
@@ -106,8 +135,9 @@ func (o Options) Check(groups []Group) error {
 	return nil
 }
 
-// Run measures the groups one after another and calls done with each record. It ends with ctx, and
-// with the first probe that fails.
+// Run measures the groups one after another and calls done with each record, at the end of its group. A
+// probe that fails makes no record, and a group that fails none at all; the rest is measured all the same,
+// and the error names what failed. Run ends with ctx, and with the first error of done.
 func Run(ctx context.Context, s *lab.Session, groups []Group, o Options, done func(Record) error) error {
 	var wanted []Group
 	for _, g := range groups {
@@ -115,16 +145,19 @@ func Run(ctx context.Context, s *lab.Session, groups []Group, o Options, done fu
 			wanted = append(wanted, g)
 		}
 	}
-	run := progress{groups: len(wanted), start: time.Now(), now: time.Now}
+	run := newProgress(wanted, o)
+	var unwritten error
 	written := 0
 	write := func(r Record) error {
 		written++
-		return done(r)
+		unwritten = done(r)
+		return unwritten
 	}
+	var failures []error
 	for i, g := range wanted {
-		run.group, run.steps, run.taken = i, 0, 0
+		run.enter(i)
 		var err error
-		failed := s.Do(ctx, o.Log, func(t testing.TB) { err = runGroup(ctx, t, g, o, &run, write) })
+		failed := s.Do(ctx, o.Log, func(t testing.TB) { err = runGroup(ctx, t, g, o, run, write) })
 		if ctx.Err() != nil {
 			return context.Cause(ctx) // whatever else went wrong is of it
 		}
@@ -132,77 +165,85 @@ func Run(ctx context.Context, s *lab.Session, groups []Group, o Options, done fu
 			err = failed
 		}
 		if err != nil {
-			return fmt.Errorf("%s: %w", g.Name, err)
+			err = fmt.Errorf("%s: %w", g.Name, err)
+			failures = append(failures, err)
+			o.Step("%s failed: %v", run, err)
+		}
+		if unwritten != nil {
+			break
 		}
 	}
-	if written == 0 {
+	if written == 0 && len(failures) == 0 {
 		return errors.New("nothing was measured: a quick run leaves out what was asked for; leave out --quick")
 	}
-	return nil
+	return errors.Join(failures...)
 }
 
 func runGroup(ctx context.Context, t testing.TB, g Group, o Options, run *progress, done func(Record) error) error {
-	rounds := o.Rounds
-	if g.Rounds != 0 {
-		rounds = min(rounds, g.Rounds)
-	}
+	rounds := g.rounds(o)
 	inner := o
 	inner.Progress = writer(func(line []byte) (int, error) {
 		o.Step("%s %s", run, strings.TrimSpace(string(line)))
 		return len(line), nil
 	})
 	probes := g.Build(t, inner)
-	for i, p := range probes { // whoever does not narrow its probes itself
-		if !o.Wants(p.Key.Mode) || !o.WantsScenario(p.Key.Scenario) {
-			probes[i].Key = Key{}
-		}
-	}
-	probes = slices.DeleteFunc(probes, func(p Probe) bool { return p.Key == Key{} })
+	probes = slices.DeleteFunc(probes, func(p Probe) bool { // of who does not narrow them itself
+		return !o.Wants(p.Key.Mode) || !o.WantsScenario(p.Key.Scenario)
+	})
 	samples := make([][]Sample, len(probes))
+	failures := make([]error, len(probes))
 	first := 0
 	if g.Warm {
 		first = -1
 	}
 	run.begin((rounds - first) * len(probes))
 	for round := first; round < rounds; round++ {
-		ctx := ctx
+		title, ctx := fmt.Sprintf("round %d of %d", round+1, rounds), ctx
 		if round < 0 {
-			ctx = context.WithValue(ctx, warmKey{}, true)
+			title, ctx = "warm up", context.WithValue(ctx, warmKey{}, true)
 		}
 		for i, p := range probes {
-			title := fmt.Sprintf("round %d of %d", round+1, rounds)
-			if round < 0 {
-				title = "warm up"
-			}
-			o.Step("%s %s: %s", run, title, p.Key)
-			if p.Measure == nil || p.Rounds != 0 && round >= p.Rounds {
+			if p.Measure == nil || failures[i] != nil || p.Rounds != 0 && round >= p.Rounds {
 				run.step()
 				continue
 			}
-			s, err := p.Measure(ctx)
-			if ctx.Err() != nil {
+			o.Step("%s %s: %s", run, title, p.Key)
+			s, err := p.sample(ctx)
+			switch {
+			case ctx.Err() != nil:
 				return context.Cause(ctx)
-			}
-			if err != nil {
-				return fmt.Errorf("%s: %w", p.Key, err)
-			}
-			if len(s.More) != len(p.More) {
-				return fmt.Errorf("%s: %d more values, want %d", p.Key, len(s.More), len(p.More))
-			}
-			if round >= 0 {
+			case err != nil:
+				failures[i] = err
+				o.Step("%s failed: %v", run, err)
+			case round >= 0:
 				samples[i] = append(samples[i], s)
 			}
 			run.step()
 		}
 	}
 	for i, p := range probes {
+		if failures[i] != nil {
+			continue
+		}
 		for _, r := range records(g, p, samples[i]) {
 			if err := done(r); err != nil {
 				return err
 			}
 		}
 	}
-	return nil
+	return errors.Join(failures...)
+}
+
+// sample takes one window.
+func (p Probe) sample(ctx context.Context) (Sample, error) {
+	s, err := p.Measure(ctx)
+	if err == nil && len(s.More) != len(p.More) {
+		err = fmt.Errorf("%d more values, want %d", len(s.More), len(p.More))
+	}
+	if err != nil {
+		return s, fmt.Errorf("%s: %w", p.Key, err)
+	}
+	return s, nil
 }
 
 type warmKey struct{}

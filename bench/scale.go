@@ -165,13 +165,20 @@ func counted(what string, got, want int) error {
 // waitUntil waits for a state that somebody else brings about.
 func waitUntil(t testing.TB, limit time.Duration, stands func() error) {
 	t.Helper()
+	if err := within(limit, stands); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// within waits for a state, and returns what was missing at the end.
+func within(limit time.Duration, stands func() error) error {
 	for end := time.Now().Add(limit); ; time.Sleep(20 * time.Millisecond) {
 		err := stands()
 		if err == nil {
-			return
+			return nil
 		}
 		if time.Now().After(end) {
-			t.Fatalf("not within %v: %v", limit, err)
+			return fmt.Errorf("not within %v: %w", limit, err)
 		}
 	}
 }
@@ -283,8 +290,8 @@ func processesIn(n *lab.NS, name string) ([]int, error) {
 const patience = 30 * time.Second
 
 // scaleGroup measures a scale, all modes at a point beside each other.
-func scaleGroup(scenario string, points []point, build func(t testing.TB, o Options, mode string, at int) []Probe) Group {
-	g := Group{Name: scenario, Scenarios: []string{scenario}, Warm: true}
+func scaleGroup(scenario string, labs, round time.Duration, points []point, build func(t testing.TB, o Options, mode string, at int) []Probe) Group {
+	g := Group{Name: scenario, Scenarios: []string{scenario}, Warm: true, Labs: labs, Round: round}
 	for _, p := range points {
 		for _, m := range p.modes {
 			if !slices.Contains(g.Modes, m) {

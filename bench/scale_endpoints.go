@@ -33,7 +33,7 @@ func endpointsGroup() Group {
 // scaledEndpoints asks a neighbour while there are others, spread over networks; up to real of them are
 // containers.
 func scaledEndpoints(points []point, networks, real int, metrics ...string) Group {
-	return scaleGroup("endpoints", points, func(t testing.TB, o Options, mode string, at int) []Probe {
+	return scaleGroup("endpoints", 2*time.Minute, 6*time.Second, points, func(t testing.TB, o Options, mode string, at int) []Probe {
 		note := fmt.Sprintf("on %d networks; all are containers", networks)
 		if at > real {
 			note = fmt.Sprintf("on %d networks; %d are containers, the others bare namespaces with an interface in each network but the default one",

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"strconv"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -29,7 +30,7 @@ func flowsGroup() Group { return scaledFlows(flowPoints, flowRoom, "crr") }
 
 // scaledFlows asks a published port while there are other flows to it.
 func scaledFlows(points []point, room int, metrics ...string) Group {
-	return scaleGroup("flows", points, func(t testing.TB, o Options, mode string, at int) []Probe {
+	return scaleGroup("flows", 40*time.Second, 7*time.Second, points, func(t testing.TB, o Options, mode string, at int) []Probe {
 		s := newSpot(t, mode, spotOpts{udp: true, daemon: []string{"--flows", strconv.Itoa(room), "--timeout", "udp-new=24h"}})
 		if mode != Bpfnet {
 			s.lab.Host.Sysctl(t, "net.netfilter.nf_conntrack_udp_timeout", "86400")

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 var networkPoints = []point{
@@ -20,7 +21,7 @@ func networksGroup() Group { return scaledNetworks(networkPoints, "crr") }
 
 // scaledNetworks asks a neighbour on one network while there are others.
 func scaledNetworks(points []point, metrics ...string) Group {
-	return scaleGroup("networks", points, func(t testing.TB, o Options, mode string, at int) []Probe {
+	return scaleGroup("networks", time.Minute, 6*time.Second, points, func(t testing.TB, o Options, mode string, at int) []Probe {
 		var note string
 		s := newSpot(t, mode, spotOpts{before: func(s *site) { note = s.addNetworks(t, at-1) }})
 		stands := func() error { return s.hasNetworks(at) }

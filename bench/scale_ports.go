@@ -29,7 +29,7 @@ func portsGroup() Group { return scaledPorts(portPoints, realPorts, "rr", "crr")
 // scaledPorts asks one published port while others are published, up to real of them by an Engine that
 // writes rules.
 func scaledPorts(points []point, real int, metrics ...string) Group {
-	return scaleGroup("ports", points, func(t testing.TB, o Options, mode string, at int) []Probe {
+	return scaleGroup("ports", 80*time.Second, 20*time.Second, points, func(t testing.TB, o Options, mode string, at int) []Probe {
 		var s *site
 		note := "all ports published by docker run, the measured one last"
 		switch others := at - 1; {

@@ -18,10 +18,10 @@ import (
 func measured(t *testing.T, g Group) map[Key]Record {
 	t.Helper()
 	out := map[Key]Record{}
-	run := progress{groups: 1, start: time.Now(), now: time.Now}
 	o := Options{Rounds: 1, Window: 20 * time.Millisecond, Log: io.Discard}
+	run := newProgress([]Group{g}, o)
 	g.Warm = false
-	require.NoError(t, runGroup(t.Context(), t, g, o, &run, func(r Record) error {
+	require.NoError(t, runGroup(t.Context(), t, g, o, run, func(r Record) error {
 		require.NotContains(t, out, r.Key)
 		require.Contains(t, g.Scenarios, r.Scenario)
 		require.Contains(t, g.Modes, r.Mode)

@@ -88,8 +88,11 @@ func newSite(t testing.TB, mode string) *site {
 	}
 	s.addrs[4], s.addrs[6] = s.docker.Addrs(t, "server", "bridge")
 	s.clientAddrs[4], s.clientAddrs[6] = s.docker.Addrs(t, "client", "bridge")
-	if mode == NFTables {
+	switch mode {
+	case NFTables:
 		s.loadNFT(t)
+	case DockerProxy:
+		s.pinProxies(t)
 	}
 	return s
 }

@@ -92,6 +92,8 @@ func trafficGroup(scenario string) Group {
 		Modes:     modes,
 		Warm:      true,
 		Quick:     scenario != "hairpin",
+		Labs:      45 * time.Second,
+		Round:     28 * time.Second,
 		Build: func(t testing.TB, o Options) []Probe {
 			var sites []*site
 			for _, mode := range modes {
@@ -115,7 +117,11 @@ func trafficGroup(scenario string) Group {
 				for _, m := range meters {
 					for i, s := range sites {
 						if (!m.full || s.mode != DockerProxy && s.mode != NFTables) && (!o.Quick || m.quick(scenario)) {
-							probes = append(probes, s.path(scenario, family).probe(m, o, reached[i]))
+							p := s.path(scenario, family).probe(m, o, reached[i])
+							if family == 6 && !reachNeeds(p.Key) {
+								p.Rounds = 1
+							}
+							probes = append(probes, p)
 						}
 					}
 				}
@@ -169,6 +175,9 @@ func (p path) probe(m meter, o Options, unreached error) Probe {
 	if unreached != nil {
 		probe.Note = "not served by this mode: " + cause(unreached)
 		return probe
+	}
+	if p.proxied() {
+		probe.Note = proxyNote
 	}
 	probe.Measure = func(ctx context.Context) (Sample, error) {
 		before, err := p.counters()

@@ -124,15 +124,46 @@ func TestRunInterleaves(t *testing.T) {
 	_, err := Read(strings.NewReader(lines.String()), "run")
 	require.NoError(t, err, "a reader takes what a run writes")
 
+}
+
+// What fails is named and makes no record. The rest of its group, and of the run, is measured.
+func TestFailuresAreNamedAndTheRestIsMeasured(t *testing.T) {
 	failed := errors.New("no way")
-	g.Build = func(testing.TB, Options) []Probe {
-		p := probe(Bpfnet)
-		p.Measure = func(context.Context) (Sample, error) { return Sample{}, failed }
-		return []Probe{p}
+	probe := func(scenario, mode string, fails int) Probe {
+		taken := 0
+		return Probe{Key: Key{Scenario: scenario, Mode: mode, Metric: "m"}, Unit: "1/s",
+			Measure: func(context.Context) (Sample, error) {
+				taken++
+				require.True(t, fails == 0 || taken <= fails, "measured after it has failed")
+				if taken == fails {
+					return Sample{}, failed
+				}
+				return Sample{Value: 1}, nil
+			}}
 	}
-	err = Run(t.Context(), new(lab.Session), []Group{g}, o, func(Record) error { return nil })
+	group := func(name string, build func(t testing.TB) []Probe) Group {
+		return Group{Name: name, Scenarios: []string{name}, Build: func(t testing.TB, _ Options) []Probe { return build(t) }}
+	}
+	groups := []Group{
+		group("torn", func(testing.TB) []Probe { return []Probe{probe("torn", Host, 2), probe("torn", Bpfnet, 0)} }),
+		group("unbuilt", func(t testing.TB) []Probe { t.Fatal("no lab"); return nil }),
+		group("whole", func(testing.TB) []Probe { return []Probe{probe("whole", Bpfnet, 0)} }),
+	}
+	var written []string
+	o := Options{Rounds: 3, Log: io.Discard}
+	err := Run(t.Context(), new(lab.Session), groups, o, func(r Record) error {
+		require.Equal(t, 3, r.N)
+		written = append(written, r.Key.String())
+		return nil
+	})
+	assert.Equal(t, []string{"torn m, bpfnet", "whole m, bpfnet"}, written)
 	require.ErrorIs(t, err, failed)
-	require.ErrorContains(t, err, "g: s m, bpfnet: ")
+	require.ErrorContains(t, err, "torn: torn m, host: no way")
+	require.ErrorContains(t, err, "unbuilt: no lab")
+
+	full := errors.New("disk full")
+	err = Run(t.Context(), new(lab.Session), groups[2:], o, func(Record) error { return full })
+	require.ErrorIs(t, err, full)
 }
 
 func TestUnknownNamesAreRefused(t *testing.T) {

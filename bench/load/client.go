@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// grace is how long a client may take beyond what it was to measure.
-const grace = 2 * time.Second
+// defaultGrace is how long a client may take beyond what it was to measure.
+const defaultGrace = 2 * time.Second
 
 // closed is the error of a server that ends a connection too early.
 func closed(err unix.Errno) error {
@@ -86,7 +86,7 @@ func crr(d *dialer) loop {
 				}
 				return units, err
 			}
-			b[0] = once
+			b[0] = Once
 			if n, err := write(fd, &b[0], 1); n != 1 {
 				return units, fmt.Errorf("send to %s: %w", d.name, closed(err))
 			}

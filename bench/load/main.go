@@ -97,6 +97,7 @@ func clientMain(kind string, args []string) error {
 	cpu := f.Int("cpu", -1, "CPU to run on; -1: any")
 	f.DurationVar(&o.warmup, "warmup", defaultWarmup, "what is not measured first")
 	f.DurationVar(&o.window, "window", defaultWindow, "what is measured")
+	grace := f.Duration("grace", defaultGrace, "how much longer it may take")
 	if err := parse(f, args); err != nil {
 		return err
 	}
@@ -149,9 +150,9 @@ func clientMain(kind string, args []string) error {
 			return r.err
 		}
 		return json.NewEncoder(os.Stdout).Encode(r.Result)
-	case <-time.After(o.warmup + o.window + grace):
+	case <-time.After(o.warmup + o.window + *grace):
 		if !connected.Load() {
-			return fmt.Errorf("connect to %s: no answer within %v", d.name, grace)
+			return fmt.Errorf("connect to %s: no answer within %v", d.name, *grace)
 		}
 		return fmt.Errorf("%s stopped to answer", d.name)
 	}

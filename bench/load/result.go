@@ -94,6 +94,7 @@ type Client struct {
 	CPU    int           // to run on; negative: any
 	Warmup time.Duration // 0: 200 ms
 	Window time.Duration // 0: 700 ms
+	Grace  time.Duration // that a client may take beyond what it was to measure; 0: 2 s
 }
 
 // Args are the arguments of bpfnet-bench.
@@ -112,6 +113,7 @@ func (c Client) Args() []string {
 	add("--flows", strconv.Itoa(c.Flows), c.Flows != 0)
 	add("--warmup", c.Warmup.String(), c.Warmup != 0)
 	add("--window", c.Window.String(), c.Window != 0)
+	add("--grace", c.Grace.String(), c.Grace != 0)
 	return args
 }
 

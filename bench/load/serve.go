@@ -19,7 +19,7 @@ import (
 // The first byte says what is asked of a server.
 const (
 	again = 'r' // answer this byte and all that follow
-	once  = 'c' // answer this byte and close
+	Once  = 'c' // answer this byte and close
 	count = 'u' // a datagram to be counted, without an answer
 	total = 't' // a datagram with a number of 8 bytes: answer it, and behind it how many were counted
 )

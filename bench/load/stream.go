@@ -109,7 +109,7 @@ func streamMain(args []string) error {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	ctx, cancel := context.WithTimeoutCause(ctx, *warmup+*window+time.Second+grace,
+	ctx, cancel := context.WithTimeoutCause(ctx, *warmup+*window+time.Second+defaultGrace,
 		fmt.Errorf("%s stopped to answer", server))
 	defer cancel()
 	idle0, err := idle()

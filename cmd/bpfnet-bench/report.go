@@ -3,11 +3,13 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 
@@ -30,8 +32,10 @@ var readers = map[string]reader{
 		table, 1, true},
 	"compare": {"bpfnet-bench compare A B", "Says whether two results agree within their own spread. The exit status is 1 if not.",
 		compare, 2, false},
-	"page": {"bpfnet-bench page FILE DIR", "Writes performance.md and performance/ in DIR from the result of a full run.",
-		page, 2, false},
+	"page": {"bpfnet-bench page FILE DIR README", "Writes performance.md and performance/ in DIR, and a section of README, from the result of a full run.",
+		page, 3, false},
+	"merge": {"bpfnet-bench merge FILE LATER OUT", "Writes to OUT what is in FILE, with the groups that LATER has in place of its own.",
+		merge, 3, false},
 }
 
 // readerUsages are the usages of readers, a line each.
@@ -129,9 +133,44 @@ func page(args []string, _ string, out io.Writer) error {
 	if report.Header.Quick {
 		return fmt.Errorf("%s is of a quick run: the page is made from a full one, by make bench", args[0])
 	}
+	readme, err := os.ReadFile(args[2])
+	if err != nil {
+		return err
+	}
+	text, err := report.InReadme(string(readme))
+	if err != nil {
+		return fmt.Errorf("%s: %w", args[2], err)
+	}
 	if err := bench.WriteFiles(report, args[1]); err != nil {
 		return err
 	}
-	fmt.Fprintf(out, "%s/performance.md is made anew, from %d records of %s\n", args[1], len(report.Records), args[0])
+	if err := os.WriteFile(args[2], []byte(text), 0o644); err != nil {
+		return err
+	}
+	fmt.Fprintf(out, "%s/performance.md and a section of %s are made anew, from %d records of %s\n", args[1], args[2], len(report.Records), args[0])
+	return nil
+}
+
+func merge(args []string, _ string, out io.Writer) error {
+	report, err := bench.ReadFile(args[0])
+	if err != nil {
+		return err
+	}
+	later, err := bench.ReadFile(args[1])
+	if err != nil {
+		return err
+	}
+	merged, err := report.Merge(later)
+	if err != nil {
+		return err
+	}
+	var lines bytes.Buffer
+	if err := merged.Write(&lines); err != nil {
+		return err
+	}
+	if err := os.WriteFile(args[2], lines.Bytes(), 0o644); err != nil {
+		return err
+	}
+	fmt.Fprintf(out, "%s has %d records, %d of them of %s\n", args[2], len(merged.Records), len(later.Records), args[1])
 	return nil
 }

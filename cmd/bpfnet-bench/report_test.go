@@ -40,6 +40,8 @@ func TestRead(t *testing.T) {
 	broken := filepath.Join(t.TempDir(), "broken.jsonl")
 	require.NoError(t, os.WriteFile(broken, []byte("{}\n"), 0o644))
 	docs := t.TempDir()
+	readme, merged := filepath.Join(docs, "README.md"), filepath.Join(docs, "merged.jsonl")
+	require.NoError(t, os.WriteFile(readme, []byte("## First command\n"), 0o644))
 	for _, tt := range []struct {
 		name   string
 		args   []string
@@ -55,8 +57,11 @@ func TestRead(t *testing.T) {
 		{"table", []string{"--cow", good}, 2, []string{"-cow"}},
 		{"compare", []string{good, good}, 0, []string{"The runs agree: 2 ratios compared"}},
 		{"compare", []string{good, broken}, 1, []string{broken + ":1"}},
-		{"page", []string{quick, docs}, 1, []string{quick + " is of a quick run"}},
-		{"page", []string{good, docs}, 0, []string{"performance.md is made anew, from 2 records"}},
+		{"merge", []string{good, good, merged}, 0, []string{merged + " has 2 records, 2 of them of " + good}},
+		{"merge", []string{good, quick, merged}, 1, []string{"quick differs"}},
+		{"page", []string{quick, docs, readme}, 1, []string{quick + " is of a quick run"}},
+		{"page", []string{good, docs, good}, 1, []string{good + ": no place"}},
+		{"page", []string{good, docs, readme}, 0, []string{"performance.md and a section of " + readme + " are made anew, from 2 records"}},
 	} {
 		var out, errs bytes.Buffer
 		assert.Equal(t, tt.status, read(tt.name, tt.args, &out, &errs), "%s %q", tt.name, tt.args)
@@ -69,6 +74,9 @@ func TestRead(t *testing.T) {
 		}
 	}
 	assert.FileExists(t, filepath.Join(docs, "performance.md"))
+	text, err := os.ReadFile(readme)
+	require.NoError(t, err)
+	assert.Contains(t, string(text), "of what a server on the host reaches | 0.900 |")
 	assert.FileExists(t, filepath.Join(docs, "performance", "full.jsonl"))
 
 	var out, errs bytes.Buffer

@@ -31,7 +31,7 @@ const (
 // What a run measures unless told otherwise. --quick has five minutes, and so shorter windows.
 const (
 	rounds      = 5
-	window      = 700 * time.Millisecond
+	window      = 500 * time.Millisecond
 	quickWindow = 400 * time.Millisecond
 )
 
@@ -178,6 +178,9 @@ func (c command) run(ctx context.Context) (err error) {
 
 	report := bench.Report{Header: header}
 	lines := newLines(os.Stderr)
+	if !c.options.Quick {
+		fmt.Fprintf(os.Stderr, "bpfnet-bench: this takes up to %v\n", bench.Estimate(bench.Groups(), c.options).Round(time.Minute))
+	}
 	var log bytes.Buffer
 	c.options.Progress, c.options.Log = lines, &log
 	err = bench.Run(ctx, session, bench.Groups(), c.options, func(r bench.Record) error {
@@ -325,6 +328,6 @@ func (r *results) close(complete bool) error {
 	case bytes.Count(written, []byte("\n")) < 2:
 		return os.Remove(r.f.Name())
 	}
-	fmt.Fprintf(os.Stderr, "bpfnet-bench: what had been measured is in %s\n", r.f.Name())
+	fmt.Fprintf(os.Stderr, "bpfnet-bench: what was measured is in %s; what was not can be, by --scenario, and put in by bpfnet-bench merge\n", r.f.Name())
 	return nil
 }

@@ -17,7 +17,7 @@ import (
 	"github.com/bpfnet/bpfnet/bench"
 )
 
-// docs/performance.md, its plots and its table are what the committed result makes of them.
+// docs/performance.md, its plots and its table, and the README's figures, are what the committed result makes of them.
 func TestPerformance(t *testing.T) {
 	docs := filepath.Join(root, "docs")
 	report, err := bench.ReadFile(filepath.Join(docs, "performance/full.jsonl"))
@@ -26,10 +26,17 @@ func TestPerformance(t *testing.T) {
 		t.Skip("no result is committed: make bench writes docs/performance/full.jsonl")
 	}
 	require.NoError(t, err)
+	readme := filepath.Join(root, "README.md")
+	text, err := os.ReadFile(readme)
+	require.NoError(t, err)
+	section, err := report.InReadme(string(text))
+	require.NoError(t, err)
 	if *update {
 		require.NoError(t, bench.WriteFiles(report, docs))
+		require.NoError(t, os.WriteFile(readme, []byte(section), 0o644))
 		return
 	}
+	assert.Equal(t, section, string(text), "%s has other figures than the result: make performance", readme)
 	files, err := bench.Files(report)
 	require.NoError(t, err)
 	for _, name := range slices.Sorted(maps.Keys(files)) {
