@@ -47,6 +47,7 @@ const (
 )
 
 func device(name string) string { return "packets received by " + name }
+func sender(name string) string { return "packets sent by " + name }
 
 // counters reads those of the path's mode and family.
 func (p path) counters() (counters, error) {
@@ -113,7 +114,7 @@ func (p path) claims(m moved) []claim {
 		case "host-published":
 			return []claim{atLeast(device("lo"), m.packets), atMost(device("up0"), strays(m))}
 		case "egress":
-			return []claim{atLeast(device("up1"), m.packets), atMost(device("lo"), strays(m))}
+			return []claim{atLeast(sender("up1"), m.packets), atMost(device("lo"), strays(m))}
 		}
 		return []claim{atLeast(device("up0"), m.packets), atMost(device("lo"), strays(m))}
 	case Bpfnet:
@@ -143,7 +144,7 @@ func (p path) claims(m moved) []claim {
 	return nil
 }
 
-// devices counts what the interfaces of the calling thread's namespace have received.
+// devices counts what the interfaces of the calling thread's namespace have received and sent.
 func (c counters) devices() error {
 	b, err := os.ReadFile("/proc/thread-self/net/dev")
 	if err != nil {
@@ -152,11 +153,13 @@ func (c counters) devices() error {
 	for line := range strings.Lines(string(b)) {
 		name, rest, found := strings.Cut(line, ":")
 		fields := strings.Fields(rest)
-		if !found || len(fields) < 2 {
+		if !found || len(fields) < 10 {
 			continue
 		}
-		if c[device(strings.TrimSpace(name))], err = strconv.ParseUint(fields[1], 10, 64); err != nil {
-			return fmt.Errorf("/proc/net/dev: %w", err)
+		for of, field := range map[string]string{device(strings.TrimSpace(name)): fields[1], sender(strings.TrimSpace(name)): fields[9]} {
+			if c[of], err = strconv.ParseUint(field, 10, 64); err != nil {
+				return fmt.Errorf("/proc/net/dev: %w", err)
+			}
 		}
 	}
 	return nil

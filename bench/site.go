@@ -174,6 +174,9 @@ func (p path) serve(t testing.TB) {
 	if p.family == 6 {
 		anyone = netip.IPv6Unspecified()
 	}
+	if p.scenario == "egress" { // an answer over UDP is to come from the address that was asked
+		anyone = p.to
+	}
 	name := fmt.Sprintf("%s %d", p.at.Path, p.family)
 	if p.servers[name] {
 		return
