@@ -10,6 +10,6 @@ func Groups() []Group {
 	}
 	all = append(all, portsGroup(), networksGroup(), endpointsGroup(), flowsGroup())
 	all = append(all, hostOnlyGroup(), memoryGroup())
-	all = append(all, enginesGroup(), crowdGroup())
+	all = append(all, enginesGroup(), crowdGroup(), restartGroup(), dropGroup(), floodGroup())
 	return all
 }

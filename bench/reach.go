@@ -82,6 +82,18 @@ var reachTargets = []reachTarget{
 		of: reachKey("host-only", Bpfnet, 4, "rr", 0), by: reachKey("host-only", Host, 4, "rr", 0),
 		or: &reachTarget{row: 10, what: "host-only, time in programs per packet", want: 40, most: true, unit: "ns",
 			of: reachKey("host-only", Bpfnet, 4, "bpf-packet", 0)}},
+	// "Daemon restart with 1 000 endpoints and 500 k flows: under 2 s to reconciled, no packet lost, data-path latency
+	// p99 meanwhile within 2 × of quiet"
+	{row: 11, what: "daemon restart with 1 000 endpoints and 500 k flows", want: 2, most: true, unit: "s",
+		of: reachKey(Restart, Bpfnet, 0, "reconciled", 1000)},
+	{row: 11, what: "latency p99 while the daemon restarts ÷ quiet", want: 2, most: true,
+		of: reachKey(Restart, Bpfnet, 0, "p99", 1000), by: reachKey(Restart, Bpfnet, 0, "p99-quiet", 1000)},
+	// "SYN flood on a published port at one offered rate for both modes: honest crr at least 3 × that of iptables mode,
+	// and at least 0.3 of its own without the flood"
+	{row: 12, what: "crr below a SYN flood ÷ iptables", want: 3,
+		of: reachKey(Flood, Bpfnet, 4, "crr", floodRate), by: reachKey(Flood, DockerIPTables, 4, "crr", floodRate)},
+	{row: 12, what: "crr below a SYN flood ÷ without", want: 0.3,
+		of: reachKey(Flood, Bpfnet, 4, "crr", floodRate), by: reachKey(Flood, Bpfnet, 4, "crr-quiet", 0)},
 }
 
 // Reached is a line of the Reach table with what a report says about it.

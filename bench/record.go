@@ -17,10 +17,13 @@ const (
 	NFTables       = "nftables"        // the rules of Engine 29's nftables backend, loaded by nft
 	Bpfnet         = "bpfnet"          // a real Engine, iptables and proxy off, and bpfnet
 	Sandboxes      = "sandboxes"       // bpfnet's own, without an Engine
+	XDPDrop        = "xdp-drop"        // limit of dropping: an XDP program that drops whatever comes
+	RawDrop        = "iptables-raw"    // a rule that drops in table raw of iptables
+	NetdevDrop     = "nft-netdev"      // a rule that drops at the device, by nftables
 )
 
 // Modes are all of them, limits first, in the order of reports.
-var Modes = []string{Host, Loopback, Engine, DockerIPTables, DockerProxy, NFTables, Bpfnet, Sandboxes}
+var Modes = []string{Host, Loopback, Engine, DockerIPTables, DockerProxy, NFTables, Bpfnet, Sandboxes, XDPDrop, RawDrop, NetdevDrop}
 
 // Key names what is measured. No two records of one run have the same.
 type Key struct {

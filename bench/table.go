@@ -15,7 +15,7 @@ import (
 var scenarioOrder = []string{
 	"container-container", "published", "egress", "host-published", "hairpin",
 	"ports", "networks", "endpoints", "flows",
-	"run-ports", "ready", "churn", "reconcile",
+	"run-ports", "ready", "churn", "reconcile", "restart", "syn-flood", "drop",
 	"host-only", "memory",
 }
 
