@@ -231,6 +231,7 @@ type modelFlow struct {
 	renewed  [2]uint32 // generation
 	onesided bool
 	over     bool // may be: it was reset or closed
+	answered bool // while it waits: its container has sent something
 	idle     int  // ticks
 }
 
@@ -241,6 +242,8 @@ type model struct {
 	host       policy.Host
 	generation uint32
 	flows      map[flowKey]*modelFlow
+	// waiting are the world's TCP connections that no client has confirmed, by how answers look.
+	waiting map[flowKey]*modelFlow
 }
 
 func (m *model) forget(f *modelFlow) {
@@ -273,6 +276,7 @@ type want struct {
 	flow   *modelFlow // that it travels along
 	dir    int
 	opens  bool
+	waits  bool
 }
 
 func hookName(h bpf.DatapathHook) string { return hookNames[h] }
@@ -449,7 +453,7 @@ func (s *sequence) protocol(p *sent, src, dst netip.Addr, sport, dport uint16) {
 			p.packet.Tuple = policy.Tuple{Src: at(src, 0), Dst: at(dst, sport)}
 		}
 	}
-	p.packet.Reset = p.packet.Proto == policy.TCP && p.flags == "R"
+	p.packet.Reset, p.packet.Answer = p.flags == "R", p.flags == "SA"
 }
 
 // build makes the frame.
@@ -560,7 +564,7 @@ func (s *sequence) reply(d delivery) sent {
 	p.packet.Proto, p.packet.Tuple = d.proto, t.Inverse()
 	if d.proto == policy.TCP {
 		p.flags = pick(s.d, "SA", "A", "A", "A", "FA", "R", "S")
-		p.packet.Reset = p.flags == "R"
+		p.packet.Reset, p.packet.Answer = p.flags == "R", p.flags == "SA"
 	}
 	s.build(&p, smac, dmac)
 	return p
@@ -603,10 +607,17 @@ func (s *sequence) expect(p sent) want {
 	if f != nil && f.keys[0] != key {
 		dir = 1
 	}
-	if p.hook == bpf.DatapathHookHOOK_CONTAINER {
-		return s.expectFromContainer(p, f, dir)
+	if p.hook != bpf.DatapathHookHOOK_CONTAINER {
+		return s.expectFromUplink(p, f, dir)
 	}
-	return s.expectFromUplink(p, f, dir)
+	if f == nil && strings.ContainsAny(p.flags, "AR") {
+		f, dir = s.m.waiting[key], 1
+	}
+	w := s.expectFromContainer(p, f, dir)
+	if f != nil && w.flow == f && f == s.m.waiting[key] && !p.packet.Reset {
+		f.answered = true
+	}
+	return w
 }
 
 func (s *sequence) expectFromContainer(p sent, f *modelFlow, dir int) want {
@@ -657,8 +668,10 @@ func (s *sequence) renewed(p sent, f *modelFlow, dir int) (keep bool, reason str
 	v := t.Explain(s.m.host, opener)
 	translated := f.keys[0].tuple != f.keys[1].tuple.Inverse()
 	if f.verdict.Port != 0 && translated {
-		if dir == 1 {
-			return true, "" // its port is live, or it would have been purged
+		if dir == 1 && livePorts(t)[f.verdict.Port] {
+			return true, ""
+		} else if dir == 1 {
+			return false, "stale_flow"
 		}
 		return v.Port == f.verdict.Port && v.Endpoint == f.verdict.Endpoint, ""
 	}
@@ -691,6 +704,8 @@ func (s *sequence) expectFromUplink(p sent, f *modelFlow, dir int) want {
 			question.Mark = s.m.host.AcceptMark
 		}
 	}
+	world := p.hook == bpf.DatapathHookHOOK_UPLINK && p.packet.Proto == policy.TCP
+	question.Reset = question.Reset && !world
 	v := t.Explain(s.m.host, question)
 	if f != nil {
 		if v.Path == policy.PathContainer && v.Endpoint == f.verdict.Endpoint && v.Port == f.verdict.Port && v.To == f.verdict.To && v.SNAT == f.verdict.SNAT {
@@ -702,7 +717,32 @@ func (s *sequence) expectFromUplink(p sent, f *modelFlow, dir int) want {
 			return s.dropped(p, "no_flow")
 		}
 	}
+	if world && v.Path == policy.PathContainer {
+		return s.wait(p, v)
+	}
 	return s.fresh(p, v)
+}
+
+// wait is TCP from the world that belongs to no flow: it waits until the client acknowledges what the container sent.
+func (s *sequence) wait(p sent, v policy.Verdict) want {
+	key := flowKey{bpf.DatapathHookHOOK_CONTAINER, policy.TCP, policy.Tuple{Src: v.To, Dst: p.packet.Tuple.Src}}
+	f := s.m.waiting[key]
+	if f != nil && f.keys[0].tuple.Dst != p.packet.Tuple.Dst {
+		f = nil
+	}
+	switch {
+	case f != nil && f.answered && (p.flags == "A" || p.flags == "FA"):
+		delete(s.m.waiting, key)
+		return s.fresh(p, v)
+	case f == nil && p.packet.Reset:
+		return s.dropped(p, "no_flow")
+	case f == nil && s.m.flows[key] != nil:
+		return s.fresh(p, v)
+	case f == nil || f.renewed[1] != s.m.generation:
+		f = s.newFlow(p, v, key)
+		s.m.waiting[key] = f
+	}
+	return want{action: actRedirect, count: "fate container uplink", tuple: key.tuple.Inverse(), routed: true, flow: f, waits: true}
 }
 
 // along is a packet of a flow that stands.
@@ -762,15 +802,7 @@ func (s *sequence) fresh(p sent, v policy.Verdict) want {
 		out.Src = at(source, out.Src.Port())
 	}
 	w := want{action: actRedirect, count: "fate " + fate + " " + hookName(p.hook), tuple: out, routed: v.Routed, opens: true}
-	f := &modelFlow{
-		opener: p.packet, verdict: v, renewed: [2]uint32{s.m.generation, s.m.generation},
-		keys:  [2]flowKey{{p.hook, p.packet.Proto, p.packet.Tuple}, {to, p.packet.Proto, out.Inverse()}},
-		slots: [2]uint16{0, v.Endpoint}, devices: [2]int{s.m.tables.Endpoints[v.Endpoint].Ifindex},
-	}
-	if p.hook == bpf.DatapathHookHOOK_CONTAINER {
-		f.slots[0] = s.m.tables.Links[p.packet.Device]
-		f.devices[1] = p.packet.Device
-	}
+	f := s.newFlow(p, v, flowKey{to, p.packet.Proto, out.Inverse()})
 	w.flow = f
 	ports := p.packet.Proto == policy.TCP || p.packet.Proto == policy.UDP
 	echo := (p.packet.Proto == unix.IPPROTO_ICMP || p.packet.Proto == unix.IPPROTO_ICMPV6) && p.packet.Tuple.Src.Port() != 0
@@ -789,6 +821,20 @@ func (s *sequence) fresh(p sent, v policy.Verdict) want {
 		w.fresh = true
 	}
 	return w
+}
+
+// newFlow is the flow that a packet opens, with the key of its answers.
+func (s *sequence) newFlow(p sent, v policy.Verdict, answers flowKey) *modelFlow {
+	f := &modelFlow{
+		opener: p.packet, verdict: v, renewed: [2]uint32{s.m.generation, s.m.generation},
+		keys:  [2]flowKey{{p.hook, p.packet.Proto, p.packet.Tuple}, answers},
+		slots: [2]uint16{0, v.Endpoint}, devices: [2]int{s.m.tables.Endpoints[v.Endpoint].Ifindex},
+	}
+	if p.hook == bpf.DatapathHookHOOK_CONTAINER {
+		f.slots[0] = s.m.tables.Links[p.packet.Device]
+		f.devices[1] = p.packet.Device
+	}
+	return f
 }
 
 // send has the data path judge a packet and compares.
@@ -909,6 +955,9 @@ func (s *sequence) translated(p sent, w want, out policy.Tuple) {
 // travel notes that a packet has gone along its flow.
 func (s *sequence) travel(p sent, w want) {
 	f := w.flow
+	if w.waits || f == s.m.waiting[f.keys[1]] {
+		return
+	}
 	if w.opens {
 		if old := s.m.flows[f.keys[0]]; old != nil {
 			s.m.forget(old)
@@ -939,7 +988,7 @@ func runSequence(h *host, writer *maps.Writer, data []byte, counts *sequenceCoun
 	d := &dice{data: data}
 	s := &sequence{
 		h: h, writer: writer, d: d, w: newWorld(d), data: data, counts: counts,
-		m: &model{flows: make(map[flowKey]*modelFlow)},
+		m: &model{flows: make(map[flowKey]*modelFlow), waiting: make(map[flowKey]*modelFlow)},
 	}
 	s.apply()
 	h.reset()

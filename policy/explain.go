@@ -25,6 +25,7 @@ type Packet struct {
 	Proto   Proto
 	Tuple   Tuple
 	Reset   bool   // a TCP reset
+	Answer  bool   // a TCP SYN-ACK
 	Gateway bool   // a container's: it is sent to the gateway's MAC, not to a neighbour's
 	Mark    uint32 // by the host's packet filter
 }
@@ -420,7 +421,7 @@ func (x *explainer) publishedTo(row PortRow) (EndpointRow, bool) {
 		x.drop("port_not_ready", "the port is published, but its container is not ready")
 	case x.p.Proto == SCTP && row.Target.Port() != x.p.Tuple.Dst.Port():
 		x.drop("unsupported", "SCTP keeps its port numbers: it is published under another")
-	case x.p.Reset:
+	case x.p.Reset && x.p.From != FromUplink: // the world's is asked about at the end
 		x.drop("no_flow", "a reset opens no flow")
 	default:
 		x.step("published: %s leads to %s", x.p.Tuple.Dst, row.Target)
@@ -457,8 +458,8 @@ func (x *explainer) egress(net NetworkRow) {
 	is4 := dst.Addr().Is4()
 	masquerade := net.Masquerade && net.mode(is4) != ModeRouted
 	switch {
-	case x.p.Reset:
-		x.drop("no_flow", "a reset opens no flow")
+	case x.p.Reset || x.p.Answer:
+		x.drop("no_flow", "neither a reset nor an answer opens a flow")
 		return
 	case masquerade && x.icmp() && dst.Port() != 0:
 		x.drop("no_flow", "an echo reply that nobody asked for")
@@ -548,8 +549,6 @@ func (x *explainer) direct() {
 		x.drop("loopback_address", "%s does not come from outside", src)
 	case x.hostAddr(src) || x.subnet(src) != 0 || linkLocal(src):
 		x.drop("martian", "%s is one of our own: it does not come from outside", src)
-	case x.p.Reset:
-		x.drop("no_flow", "a reset opens no flow")
 	default:
 		x.v.Endpoint, x.v.Port = slot, port
 		x.enter(target)
@@ -561,6 +560,11 @@ func (x *explainer) enter(target EndpointRow) {
 	if x.h.way(x.p.Tuple.Dst.Addr(), x.p.Tuple.Src.Addr()) != WayOut {
 		x.v.Endpoint, x.v.Port, x.v.To = 0, 0, x.p.Tuple.Dst
 		x.drop("no_route", "the host has no way back to %s", x.p.Tuple.Src.Addr())
+		return
+	}
+	if x.p.Reset {
+		x.v.Endpoint, x.v.Port, x.v.To = 0, 0, x.p.Tuple.Dst
+		x.drop("no_flow", "a reset opens no flow")
 		return
 	}
 	x.v.Routed = true
