@@ -46,7 +46,7 @@ type DatapathConfig struct {
 	AcceptMark    uint32
 	AcceptMask    uint32
 	EndpointFlows uint32
-	Pad           uint32
+	HoldUntil     uint32
 }
 
 type DatapathConfigFlags uint32
@@ -380,7 +380,8 @@ const (
 	DatapathReasonREASON_NO_MEMORY          DatapathReason = 23
 	DatapathReasonREASON_NOT_PUBLISHED      DatapathReason = 24
 	DatapathReasonREASON_FLOW_CAP           DatapathReason = 25
-	DatapathReasonREASON_COUNT              DatapathReason = 26
+	DatapathReasonREASON_TABLES_MOVING      DatapathReason = 26
+	DatapathReasonREASON_COUNT              DatapathReason = 27
 )
 
 type DatapathReservation struct {

@@ -46,7 +46,7 @@ type SockConfig struct {
 	AcceptMark    uint32
 	AcceptMask    uint32
 	EndpointFlows uint32
-	Pad           uint32
+	HoldUntil     uint32
 }
 
 type SockCount struct {

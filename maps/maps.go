@@ -261,7 +261,7 @@ func (m *Maps) Fill() ([]Fill, error) {
 		{Map: "flows6", Entries: v6, Max: int(m.m["flows6"].MaxEntries())},
 	}
 	for _, name := range []string{"endpoints", "links", "ports", "open_ports", "pairs", "host_addrs", "subnets", "trusted", "allowed_sources"} {
-		n, err := entries(m.m[name])
+		n, err := Entries(m.m[name])
 		if err != nil {
 			return nil, fmt.Errorf("read %s: %w", name, err)
 		}
@@ -270,8 +270,8 @@ func (m *Maps) Fill() ([]Fill, error) {
 	return out, nil
 }
 
-// entries counts what a map holds, in few system calls.
-func entries(m *ebpf.Map) (int, error) {
+// Entries counts what a map holds, in few system calls.
+func Entries(m *ebpf.Map) (int, error) {
 	const batch = 1024
 	var cursor ebpf.MapBatchCursor
 	room := func(size uint32) any {

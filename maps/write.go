@@ -71,6 +71,7 @@ type Writer struct {
 	classBytes []byte              // ports and subnets as written
 	held       map[uint16]struct{} // ports of adopted flows
 	changed    bool                // what flows are to be judged by again
+	holdUntil  uint32              // ticks
 
 	// Bury is called by Apply when endpoints or published ports are gone, after they have been taken out
 	// of the maps and before anything new is written: what it ends cannot be a successor's. Nothing new
@@ -480,6 +481,19 @@ func (w *Writer) Renew() error {
 	return w.writeConfig(w.settings, true)
 }
 
+// holdTicks is how long the data path opens no flows if the daemon dies before it says otherwise: two seconds
+// at least.
+const holdTicks = 3
+
+// Hold has the data path open no flows for a moment, or lets it again. Those that are open go on.
+func (w *Writer) Hold(on bool) error {
+	w.holdUntil = 0
+	if on {
+		w.holdUntil = monotonicTicks() + holdTicks
+	}
+	return w.writeConfig(w.settings, false)
+}
+
 func (w *Writer) writeConfig(s Settings, renew bool) error {
 	if renew {
 		w.generation++
@@ -487,8 +501,8 @@ func (w *Writer) writeConfig(s Settings, renew bool) error {
 	w.settings = s
 	cfg := bpf.DatapathConfig{
 		NetnsCookie: s.NetnsCookie, Generation: w.generation, HashSeed: s.HashSeed,
-		ReservationWait: s.ReservationWait,
-		MaxFlows:        [2]uint32{w.m.m["flows4"].MaxEntries(), w.m.m["flows6"].MaxEntries()},
+		ReservationWait: s.ReservationWait, HoldUntil: w.holdUntil,
+		MaxFlows: [2]uint32{w.m.m["flows4"].MaxEntries(), w.m.m["flows6"].MaxEntries()},
 	}
 	if s.DropTransit4 {
 		cfg.Flags |= bpf.DatapathConfigFlagsCONFIG_DROP_TRANSIT4

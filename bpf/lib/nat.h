@@ -357,6 +357,9 @@ static __always_inline int flow_open_of(struct __sk_buff *skb, struct scratch *s
 
 	if (!cfg)
 		return -REASON_NOT_READY;
+	/* It would be in one of two tables. Its sender tries again. */
+	if (cfg->hold_until && (__s32)(cfg->hold_until - ticks()) > 0)
+		return -REASON_TABLES_MOVING;
 	if (flow_capped(cfg, &s->plan))
 		return -REASON_FLOW_CAP;
 	/* Also where there is no room for this one: its sender's next try shall find some. */

@@ -50,6 +50,7 @@ enum reason {
 	REASON_NO_MEMORY, /* the kernel refused room for the packet's new header */
 	REASON_NOT_PUBLISHED, /* the engine holds the host's port, but it leads nowhere there */
 	REASON_FLOW_CAP, /* its container has as many flows as it may */
+	REASON_TABLES_MOVING, /* a new flow, while an upgrade copies the flow tables */
 	REASON_COUNT,
 };
 
@@ -255,7 +256,7 @@ struct config {
 	__u32 accept_mark; /* of packets that reach any port */
 	__u32 accept_mask; /* 0: there are none */
 	__u32 endpoint_flows; /* that a container may have in one network; 0: any number */
-	__u32 pad;
+	__u32 hold_until; /* ticks; no flow is opened until then: the tables are being copied */
 };
 
 /* How a packet looks at its hook: the key of a flow entry. */
@@ -312,10 +313,19 @@ struct flow {
 	__u8 smac[6];
 };
 
+/* What a later version may add, at the end: -DFLOW_PAD=8 makes one for the tests of upgrades. */
+#ifdef FLOW_PAD
+#define FLOW_LATER __u8 later[FLOW_PAD];
+#else
+#define FLOW_LATER
+#define FLOW_PAD 0
+#endif
+
 struct flow4 {
 	struct flow f;
 	__be32 saddr; /* after rewriting */
 	__be32 daddr;
+	FLOW_LATER
 };
 
 struct flow6 {
@@ -323,6 +333,7 @@ struct flow6 {
 	struct addr saddr;
 	struct addr daddr;
 	struct addr nexthop; /* towards an uplink */
+	FLOW_LATER
 };
 
 /*
@@ -426,9 +437,9 @@ ASSERT_SIZE(port, 24);
 ASSERT_SIZE(flow4_key, 16);
 ASSERT_SIZE(flow6_key, 40);
 ASSERT_SIZE(flow, 56);
-ASSERT_SIZE(flow4, 64);
-ASSERT_SIZE(flow6, 104);
-ASSERT_SIZE(syn4, 72);
-ASSERT_SIZE(syn6, 112);
+ASSERT_SIZE(flow4, 64 + FLOW_PAD);
+ASSERT_SIZE(flow6, 104 + FLOW_PAD);
+ASSERT_SIZE(syn4, 72 + FLOW_PAD);
+ASSERT_SIZE(syn6, 112 + FLOW_PAD);
 ASSERT_SIZE(frag_key, 44);
 ASSERT_SIZE(sock_peer_key, 32);

@@ -65,6 +65,7 @@ var advice = map[string]string{
 	"unsupported":        "SCTP to a published port whose number in the container differs. Publish it under its own number.",
 	"no_route":           "The host has no route back to the client, or, for a container's packet, no route or no address to masquerade with: it is not sent untranslated. See the host's routes and the uplinks' addresses (`bpfnet status`).",
 	"not_published":      "The Engine holds the port, but its network is routed (dial the container's own address), or `--default-bridge-ip` publishes it on another of the host's addresses.",
+	"tables_moving":      "The first packet of a flow came in the moments in which an upgrade, or another `--flows`, copied the flow tables. It comes again, and is let through.",
 	"no_memory":          "The kernel could not make room for a packet's new header: memory pressure.",
 }
 
