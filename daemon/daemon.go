@@ -111,6 +111,7 @@ type Daemon struct {
 	tables   policy.Tables
 	applied  policy.Tables // the last that the maps have taken whole
 	attached map[int]bool
+	moved    bool         // flow tables have been carried over
 	adopted  map[int]bool // bridges whose flows netfilter has no more, by index
 	seen     policy.Devices
 	strict   *strict // nil: off
@@ -208,6 +209,9 @@ func open(cfg Config) (_ *Daemon, err error) {
 	})
 	if err != nil {
 		return nil, err
+	}
+	if n := d.loader.TooFull(); n > 0 {
+		d.log.Warn("the flow tables stay as large as they are: they hold too many flows", "asked", cfg.Flows, "flows", n)
 	}
 	if d.writer, err = bpfmaps.NewWriter(d.loader.Maps()); err != nil {
 		return nil, err
@@ -529,6 +533,11 @@ func (d *Daemon) expireLoop(ctx context.Context) error {
 	if err := d.expire(); err != nil {
 		return err
 	}
+	if d.moved {
+		if err := d.loader.MendGauge(); err != nil {
+			return err
+		}
+	}
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	m := d.loader.Maps()
@@ -661,7 +670,10 @@ func (d *Daemon) reconcile() (err error) {
 	fresh := d.newcomers(devices, known.Networks)
 	d.guardedAlready(devices)
 	in.Attached = without(d.attached, fresh)
-	errs = append(errs, d.apply(in, settings))
+	if err = d.apply(in, settings); err == nil {
+		err = d.takeOver()
+	}
+	errs = append(errs, err)
 	changed, err := d.attach(devices, served, pinned, reported)
 	ofDevices = append(ofDevices, err)
 	in.Attached = d.attached

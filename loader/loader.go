@@ -69,6 +69,8 @@ type Loader struct {
 	links    map[string]link.Link
 	filters  map[string]Attachment
 	lock     *os.File // of the pin directory
+	moving   []*moving
+	tooFull  int // flows that do not fit into the table that was asked for
 }
 
 // Attachment is one program on one device or cgroup.
@@ -129,9 +131,17 @@ func Load(opts Options) (*Loader, error) {
 		l.Close()
 		return nil, fmt.Errorf("read the data path object: %w", err)
 	}
-	size := l.flowEntries()
+	size, err := l.flowEntries()
+	if err != nil {
+		l.Close()
+		return nil, err
+	}
 	spec.Maps["flows4"].MaxEntries = size
 	spec.Maps["flows6"].MaxEntries = size / 2
+	if err := l.carry(spec); err != nil {
+		l.Close()
+		return nil, err
+	}
 	sweeps := spec.Copy()
 	for name, p := range spec.Programs {
 		if p.Type == ebpf.Syscall {
@@ -157,7 +167,7 @@ func Load(opts Options) (*Loader, error) {
 	spec.Maps["flows6"].MaxEntries = size / 2
 	l.sock, err = l.load(spec, sock)
 	if err == nil {
-		err = clear(programsDir(opts.BPFFS), datapath, sock, shelf{object: bpf.StrictDigest()})
+		err = clearBuilds(programsDir(opts.BPFFS), datapath, sock, shelf{object: bpf.StrictDigest()})
 	}
 	if err != nil {
 		l.Close()
@@ -168,11 +178,12 @@ func Load(opts Options) (*Loader, error) {
 }
 
 // load makes a collection of pinned maps. A pinned map of another shape is of another version: it is
-// replaced, and the daemon fills it anew.
+// replaced, and the daemon fills it anew, unless it is one that is carried over.
 func (l *Loader) load(spec *ebpf.CollectionSpec, kept shelf) (*ebpf.Collection, error) {
 	dir := maps.Dir(l.opts.BPFFS)
+	carried := l.replacements(spec)
 	for name, m := range spec.Maps {
-		if m.Pinning != ebpf.PinByName {
+		if m.Pinning != ebpf.PinByName || carried[name] != nil {
 			continue
 		}
 		path := filepath.Join(dir, name)
@@ -191,7 +202,7 @@ func (l *Loader) load(spec *ebpf.CollectionSpec, kept shelf) (*ebpf.Collection, 
 			}
 		}
 	}
-	c, err := newCollection(spec, dir, kept)
+	c, err := newCollection(spec, dir, carried, kept)
 	if err != nil {
 		return nil, explainLoad(err)
 	}
@@ -201,8 +212,10 @@ func (l *Loader) load(spec *ebpf.CollectionSpec, kept shelf) (*ebpf.Collection, 
 // newCollection makes the maps, and then loads programs that are not kept on half of the processors: the verifier takes
 // about a second for all of them, and a kernel that does not preempt gives nobody else the processor
 // while it looks at one. On all of them, the host's programs would stand still for that second.
-func newCollection(spec *ebpf.CollectionSpec, pins string, kept shelf) (*ebpf.Collection, error) {
-	c, err := ebpf.NewCollectionWithOptions(part(spec, nil), ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: pins}})
+func newCollection(spec *ebpf.CollectionSpec, pins string, carried map[string]*ebpf.Map, kept shelf) (*ebpf.Collection, error) {
+	c, err := ebpf.NewCollectionWithOptions(part(spec, nil), ebpf.CollectionOptions{
+		Maps: ebpf.MapOptions{PinPath: pins}, MapReplacements: carried,
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -285,19 +298,48 @@ func (s *sweepers) close() {
 	}
 }
 
-// flowEntries is the size of the IPv4 table in entries, two a flow.
-func (l *Loader) flowEntries() uint32 {
+// flowEntries is the size of the IPv4 table in entries, two a flow. A table whose flows would fill more
+// than three quarters of a smaller one stays as it is.
+func (l *Loader) flowEntries() (uint32, error) {
+	running := uint32(0)
+	var held [2]int
+	for i, name := range []string{"flows4", "flows6"} {
+		have, err := openPin(filepath.Join(maps.Dir(l.opts.BPFFS), name))
+		if err != nil {
+			return 0, err
+		}
+		if have == nil {
+			continue
+		}
+		if i == 0 {
+			running = have.MaxEntries()
+		}
+		if l.opts.Flows != 0 {
+			held[i], err = maps.Entries(have)
+		}
+		have.Close()
+		if err != nil {
+			return 0, err
+		}
+	}
 	flows := l.opts.Flows
 	if flows == 0 {
-		have, err := ebpf.LoadPinnedMap(filepath.Join(maps.Dir(l.opts.BPFFS), "flows4"), nil)
-		if err == nil {
-			defer have.Close()
-			return have.MaxEntries()
+		if running != 0 {
+			return running, nil
 		}
 		flows = flowsByMemory()
 	}
-	return 2 * ceilPowerOfTwo(uint32(min(max(flows, 64), 1<<24)))
+	size := 2 * ceilPowerOfTwo(uint32(min(max(flows, 64), 1<<24)))
+	if size < running && (held[0] > int(size)*3/4 || held[1] > int(size/2)*3/4) {
+		l.tooFull = max(held[0], held[1]) / 2
+		return running, nil
+	}
+	return size, nil
 }
+
+// TooFull is the number of flows because of which the tables were not made as small as was asked for; 0:
+// they have the size that was asked for.
+func (l *Loader) TooFull() int { return l.tooFull }
 
 // flowsByMemory spends 0.3 % of the memory: 256 k flows at 24 GiB.
 func flowsByMemory() int {
@@ -345,6 +387,10 @@ func (l *Loader) Close() {
 	if l.tc != nil {
 		l.tc.Close()
 	}
+	for _, m := range l.moving {
+		m.close()
+	}
+	l.moving = nil
 	l.lock.Close()
 	if l.sock != nil {
 		l.sock.Close()
@@ -360,6 +406,10 @@ func pinName(program string, ifindex int) string { return program + "-" + strcon
 func (l *Loader) Attach(program string, ifindex int) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	return l.attach(program, ifindex)
+}
+
+func (l *Loader) attach(program string, ifindex int) error {
 	name := pinName(program, ifindex)
 	prog := l.tc.Programs[program]
 	if prog == nil {
@@ -470,8 +520,18 @@ func (l *Loader) Detach(program string, ifindex int) error {
 	return nil
 }
 
-// AttachCgroup puts the sock programs on the instance's cgroup. It is idempotent.
+// AttachCgroup puts the sock programs on the instance's cgroup, unless that is left to TakeOver. It is
+// idempotent.
 func (l *Loader) AttachCgroup() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.moving) > 0 {
+		return nil
+	}
+	return l.attachCgroup()
+}
+
+func (l *Loader) attachCgroup() error {
 	if l.opts.Cgroup == "" {
 		return nil
 	}
@@ -479,8 +539,6 @@ func (l *Loader) AttachCgroup() error {
 	if err != nil {
 		return fmt.Errorf("read the sock object: %w", err)
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
 	for name, prog := range l.sock.Programs {
 		attach := spec.Programs[name].AttachType
 		err := l.attachLink(pinName(name, 0), prog, func() (link.Link, error) {
@@ -569,6 +627,23 @@ func (l *Loader) AddToGauge(v4, v6 int) error {
 		return fmt.Errorf("run gauge: %w", err)
 	}
 	return nil
+}
+
+// MendGauge has the gauge of the flow tables say what these hold, after others than the data path have
+// changed them.
+func (l *Loader) MendGauge() error {
+	m := l.Maps()
+	v4, v6, err := m.Flows()
+	if err != nil {
+		return err
+	}
+	var held [2]int
+	for i, name := range []string{"flows4", "flows6"} {
+		if held[i], err = maps.Entries(m.Map(name)); err != nil {
+			return fmt.Errorf("count %s: %w", name, err)
+		}
+	}
+	return l.AddToGauge(held[0]-v4, held[1]-v6)
 }
 
 func (l *Loader) sweep(program string) (Swept, error) {

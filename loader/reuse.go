@@ -89,8 +89,8 @@ func (s shelf) put(name string, p *ebpf.Program) error {
 	return nil
 }
 
-// clear removes the programs of other builds.
-func clear(dir string, keep ...shelf) error {
+// clearBuilds removes the programs of other builds.
+func clearBuilds(dir string, keep ...shelf) error {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return fmt.Errorf("list pinned programs: %w", err)
