@@ -35,6 +35,7 @@ type Bpfnet struct {
 	binary string
 	tools  string // directory of the image's programs, PATH of all commands
 	args   []string
+	extra  []string // of Use
 	proc   *Process
 	notify *net.UnixConn // what the service manager would listen on
 }
@@ -99,7 +100,7 @@ func (b *Bpfnet) Start(t testing.TB) {
 		t.Fatal(err)
 	}
 	b.notify = conn
-	cmd := b.lab.Host.command(b.binary, b.args...)
+	cmd := b.lab.Host.command(b.binary, slices.Concat(b.args, b.extra)...)
 	cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+notify)
 	if b.proc, err = b.lab.start(cmd, "bpfnet"); err != nil {
 		t.Fatal(err)

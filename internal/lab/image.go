@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -25,10 +26,11 @@ const module = "github.com/bpfnet/bpfnet"
 var binDir string
 
 // build compiles a command of this module into binDir, once per test process.
-func build(pkg, name string) func() (string, error) {
+func build(pkg, name string, flags ...string) func() (string, error) {
 	return sync.OnceValues(func() (string, error) {
 		out := filepath.Join(binDir, name)
-		cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-o", out, module+"/"+pkg)
+		args := slices.Concat([]string{"build", "-trimpath", "-buildvcs=false", "-o", out}, flags, []string{module + "/" + pkg})
+		cmd := exec.Command("go", args...)
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
 		if msg, err := cmd.CombinedOutput(); err != nil {
 			return "", fmt.Errorf("go build %s: %w\n%s", pkg, err, msg)
