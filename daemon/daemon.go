@@ -114,7 +114,8 @@ type Daemon struct {
 	moved    bool         // flow tables have been carried over
 	adopted  map[int]bool // bridges whose flows netfilter has no more, by index
 	seen     policy.Devices
-	strict   *strict // nil: off
+	uplinks  []string // as last reported
+	strict   *strict  // nil: off
 	changes  []netdev.Change
 	relayed  map[policy.PortKey]bool   // what the relay holds
 	unheld   map[policy.PortKey]string // what it does not, and why
@@ -128,7 +129,9 @@ type Daemon struct {
 	wrong     map[policy.Problem]bool // of settings, as of the last round
 	sockets   string                  // what last kept sockets from being ended, likewise
 	snapshot  *api.Snapshot
-	stored    policy.State // Docker's, as the store has it
+	stored    policy.State    // Docker's, as the store has it
+	ahead     map[string]bool // programs of others that run before ours, as of the last look
+	unpinned  string          // what last kept pins from being made, so that it is logged once
 	seats     map[seat]policy.MAC
 }
 
@@ -209,6 +212,9 @@ func open(cfg Config) (_ *Daemon, err error) {
 	})
 	if err != nil {
 		return nil, err
+	}
+	if tables := d.loader.Replaced(); len(tables) > 0 {
+		d.log.Info("tables of another version are filled anew", "tables", tables)
 	}
 	if n := d.loader.TooFull(); n > 0 {
 		d.log.Warn("the flow tables stay as large as they are: they hold too many flows", "asked", cfg.Flows, "flows", n)
@@ -421,6 +427,7 @@ func (d *Daemon) watch(ctx context.Context, events <-chan netdev.Event) error {
 		switch ev.Kind {
 		case netdev.Resync:
 			d.resync = true
+			d.log.Warn("the kernel had more news about devices than could be read: all are looked at anew")
 		case netdev.RouteChanged:
 			d.renew = true
 		}
@@ -467,6 +474,8 @@ func (d *Daemon) reconcileLoop(ctx context.Context) error {
 	}()
 	tick := time.NewTicker(resyncEvery)
 	defer tick.Stop()
+	verify := time.NewTicker(verifyEvery)
+	defer verify.Stop()
 	show := time.NewTimer(time.Hour)
 	defer show.Stop()
 	showing := false // the timer runs; later news does not put it off
@@ -480,6 +489,10 @@ func (d *Daemon) reconcileLoop(ctx context.Context) error {
 				d.log.Error("write the snapshot", "err", err)
 			}
 			continue
+		case <-verify.C:
+			if !d.verify() {
+				continue
+			}
 		case <-tick.C:
 			d.mu.Lock()
 			d.resync = true
@@ -654,6 +667,7 @@ func (d *Daemon) reconcile() (err error) {
 		}
 	}
 	d.seen = devices
+	d.reportUplinks(devices.Uplinks)
 	d.settleGuards(devices)
 	settings, err := d.settings(devices)
 	errs = append(errs, err)

@@ -125,7 +125,8 @@ func (d *Daemon) sources(looked time.Time) (out []api.Source) {
 	return append(out, api.Source{Name: "netlink", Connected: true, LastSync: looked})
 }
 
-func (d *Daemon) attachments() []api.Attachment {
+// deviceNames are the devices' names by index, as of the last round.
+func (d *Daemon) deviceNames() map[int]string {
 	names := map[int]string{loIfindex: "lo"}
 	for _, l := range d.seen.Links {
 		names[l.Ifindex] = l.Name
@@ -136,16 +137,25 @@ func (d *Daemon) attachments() []api.Attachment {
 	for _, b := range d.seen.Bridges {
 		names[b.Ifindex] = b.Name
 	}
+	return names
+}
+
+// placeOf is the name of the device, or the directory of the cgroup, that a program is on.
+func (d *Daemon) placeOf(a loader.Attachment, names map[int]string) string {
+	switch {
+	case a.Hook != "cgroup":
+		return names[a.Ifindex]
+	case loader.IsStrict(a.Program):
+		return d.cfg.StrictCgroup
+	}
+	return d.cfg.Cgroup
+}
+
+func (d *Daemon) attachments() []api.Attachment {
+	names := d.deviceNames()
 	var out []api.Attachment
 	for _, a := range d.loader.Attachments() {
-		device := names[a.Ifindex]
-		if a.Hook == "cgroup" {
-			device = d.cfg.Cgroup
-			if loader.IsStrict(a.Program) {
-				device = d.cfg.StrictCgroup
-			}
-		}
-		out = append(out, api.Attachment{Program: a.Program, Device: device, Hook: a.Hook})
+		out = append(out, api.Attachment{Program: a.Program, Device: d.placeOf(a, names), Hook: a.Hook})
 	}
 	slices.SortFunc(out, func(a, b api.Attachment) int {
 		return cmp.Or(strings.Compare(a.Device, b.Device), strings.Compare(a.Program, b.Program))

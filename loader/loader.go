@@ -42,6 +42,8 @@ type Classifier interface {
 	AttachFilter(ifindex int, egress bool, fd int, name string) error
 	// DetachFilter removes our filter; a missing one or a missing device is no error.
 	DetachFilter(ifindex int, egress bool) error
+	// HasFilter reports whether our filter is on the device; a missing device has none.
+	HasFilter(ifindex int, egress bool) (bool, error)
 }
 
 // Options of Load.
@@ -70,6 +72,8 @@ type Loader struct {
 	filters  map[string]Attachment
 	lock     *os.File // of the pin directory
 	moving   []*moving
+	pinned   map[string]bool // maps of tc, by name
+	replaced []string
 	tooFull  int // flows that do not fit into the table that was asked for
 }
 
@@ -110,10 +114,8 @@ func Load(opts Options) (*Loader, error) {
 	if err := ensureBPFFS(opts.BPFFS); err != nil {
 		return nil, err
 	}
-	for _, dir := range []string{maps.Dir(opts.BPFFS), linksDir(opts.BPFFS), programsDir(opts.BPFFS)} {
-		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return nil, fmt.Errorf("make pin directory: %w", err)
-		}
+	if err := makeDirs(opts.BPFFS); err != nil {
+		return nil, err
 	}
 	lock, err := lockDir(opts.BPFFS)
 	if err != nil {
@@ -142,6 +144,7 @@ func Load(opts Options) (*Loader, error) {
 		l.Close()
 		return nil, err
 	}
+	l.pinned = pinnedMaps(spec)
 	sweeps := spec.Copy()
 	for name, p := range spec.Programs {
 		if p.Type == ebpf.Syscall {
@@ -200,6 +203,7 @@ func (l *Loader) load(spec *ebpf.CollectionSpec, kept shelf) (*ebpf.Collection, 
 			if err := os.Remove(path); err != nil {
 				return nil, fmt.Errorf("replace pinned map %s of another version: %w", path, err)
 			}
+			l.replaced = append(l.replaced, name)
 		}
 	}
 	c, err := newCollection(spec, dir, carried, kept)
@@ -336,6 +340,9 @@ func (l *Loader) flowEntries() (uint32, error) {
 	}
 	return size, nil
 }
+
+// Replaced are the tables that were pinned in another version's shape and are filled anew.
+func (l *Loader) Replaced() []string { return l.replaced }
 
 // TooFull is the number of flows because of which the tables were not made as small as was asked for; 0:
 // they have the size that was asked for.

@@ -86,6 +86,9 @@ func (s *Strict) Attach() error {
 	return nil
 }
 
+// Forget has the next Attach look at every program: some were lost.
+func (s *Strict) Forget() { s.inode = 0 }
+
 // forgetOther unpins a link that is on another cgroup than the one of that inode.
 func (l *Loader) forgetOther(name string, inode uint64) error {
 	path := filepath.Join(linksDir(l.opts.BPFFS), name)

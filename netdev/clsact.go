@@ -84,3 +84,21 @@ func (Clsact) DetachFilter(ifindex int, egress bool) error {
 	}
 	return fmt.Errorf("remove filter: %w", err)
 }
+
+// HasFilter reports whether our filter is on the device; a missing device has none.
+func (Clsact) HasFilter(ifindex int, egress bool) (bool, error) {
+	link := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: ifindex}}
+	list, err := netlink.FilterList(link, filterParent(egress))
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENODEV) { // no clsact, or no device
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("list filters: %w", err)
+	}
+	for _, f := range list {
+		if a := f.Attrs(); a.Priority == filterPriority && a.Handle == filterHandle {
+			return true, nil
+		}
+	}
+	return false, nil
+}

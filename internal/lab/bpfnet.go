@@ -92,6 +92,13 @@ func (b *Bpfnet) flags() []string {
 // fails the test at once when the daemon ends, and after thirty seconds otherwise.
 func (b *Bpfnet) Start(t testing.TB) {
 	t.Helper()
+	b.Launch(t)
+	b.WaitReady(t)
+}
+
+// Launch is Start without the waiting.
+func (b *Bpfnet) Launch(t testing.TB) {
+	t.Helper()
 	b.closeNotify()
 	notify := filepath.Join(b.lab.Dir, "notify.sock")
 	_ = os.Remove(notify)
@@ -105,12 +112,17 @@ func (b *Bpfnet) Start(t testing.TB) {
 	if b.proc, err = b.lab.start(cmd, "bpfnet"); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// WaitReady waits until the daemon that Launch has started is ready, as Start does.
+func (b *Bpfnet) WaitReady(t testing.TB) {
+	t.Helper()
 	buf := make([]byte, 4096)
 	Eventually(t, 30*time.Second, "bpfnet says READY=1", func() bool {
 		exited := b.proc.Exited() // before the look, so that no message is missed
 		for {
-			_ = conn.SetReadDeadline(time.Now().Add(time.Millisecond))
-			n, err := conn.Read(buf)
+			_ = b.notify.SetReadDeadline(time.Now().Add(time.Millisecond))
+			n, err := b.notify.Read(buf)
 			if err != nil {
 				break
 			}

@@ -50,6 +50,18 @@ type Summary struct {
 	Error          string
 }
 
+// Usage is what of a summary is worth writing down.
+type Usage struct {
+	Sent    int64   `json:"sent"`
+	Lost    int64   `json:"lost"`
+	Corrupt int64   `json:"corrupt"`
+	Resets  int64   `json:"resets"`
+	MaxGap  float64 `json:"max_gap_ms"`
+}
+
+// Usage is what of the summary is worth writing down.
+func (s Summary) Usage() Usage { return Usage{s.Sent, s.Lost, s.Corrupt, s.Resets, s.MaxGap} }
+
 // Get runs "labtool get" in the namespace: n.Get("--network", "udp", "192.0.2.1:53").
 // The error says that nothing came back; the reply is filled in as far as it got then.
 func (n *NS) Get(args ...string) (Reply, error) {

@@ -378,7 +378,7 @@ func TestSandboxesEnd(t *testing.T) {
 		for _, name := range []string{"web", "deaf"} {
 			pids = append(pids, b.Sandbox(t, name).PID)
 		}
-		if got := b.runners(); len(got) != 2 {
+		if got := b.Runners(); len(got) != 2 {
 			t.Errorf("runners: %v", got)
 		} else {
 			pids = append(pids, got...)

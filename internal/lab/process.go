@@ -166,3 +166,19 @@ func tail(path string) string {
 	}
 	return strings.Join(all, "\n")
 }
+
+// ResidentKiB is the memory that a process has in use (proc_pid_status(5), VmRSS).
+func ResidentKiB(t testing.TB, pid int) int {
+	t.Helper()
+	for line := range strings.Lines(read(fmt.Sprintf("/proc/%d/status", pid))) {
+		if value, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+			var n int
+			if _, err := fmt.Sscan(value, &n); err != nil {
+				t.Fatal(err)
+			}
+			return n
+		}
+	}
+	t.Fatalf("process %d has no VmRSS", pid)
+	return 0
+}

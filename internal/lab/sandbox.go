@@ -178,9 +178,9 @@ func (l *Lab) processNS(t testing.TB, name, pid string) *NS {
 	return n
 }
 
-// runners lists the processes that run detached sandboxes: "bpfnet-runner SOCKET ID". They
+// Runners lists the processes that run detached sandboxes: "bpfnet-runner SOCKET ID". They
 // outlive the daemon.
-func (b *Bpfnet) runners() []int {
+func (b *Bpfnet) Runners() []int {
 	return processes(func(p procInfo) bool { return strings.HasPrefix(p.cmdline, "bpfnet-runner "+b.Socket+" ") })
 }
 
@@ -190,7 +190,7 @@ func (b *Bpfnet) KillSandboxes(t testing.TB) {
 	t.Helper()
 	// Runners first: one that outlived its process would tell the daemon.
 	Eventually(t, 10*time.Second, "runners are gone", func() bool {
-		left := b.runners()
+		left := b.Runners()
 		for _, pid := range left {
 			_ = syscall.Kill(pid, syscall.SIGKILL)
 		}
@@ -245,7 +245,7 @@ func (b *Bpfnet) Belongings(t testing.TB) []string {
 	for _, m := range mountsBelow(b.State) {
 		all = append(all, "mount "+m)
 	}
-	for range b.runners() {
+	for range b.Runners() {
 		all = append(all, "runner")
 	}
 	slices.Sort(all)
@@ -288,9 +288,9 @@ func (b *Bpfnet) KillRunner(t testing.TB, sandbox string) {
 	// The fourth field, behind the command in parentheses: proc_pid_stat(5).
 	fields := strings.Fields(stat[strings.LastIndexByte(stat, ')')+1:])
 	runner, err := strconv.Atoi(fields[1])
-	if err != nil || runner == 1 || !slices.Contains(b.runners(), runner) {
+	if err != nil || runner == 1 || !slices.Contains(b.Runners(), runner) {
 		t.Fatalf("%s: process %d is no runner: %v", sandbox, runner, err)
 	}
 	_ = syscall.Kill(runner, syscall.SIGKILL)
-	Eventually(t, 10*time.Second, sandbox+"'s runner is gone", func() bool { return !slices.Contains(b.runners(), runner) })
+	Eventually(t, 10*time.Second, sandbox+"'s runner is gone", func() bool { return !slices.Contains(b.Runners(), runner) })
 }

@@ -87,7 +87,7 @@ func TestAcceptQuiet(t *testing.T) {
 		return ready == endpoints
 	})
 	pid := w.b.PID()
-	resident := residentKiB(t, pid)
+	resident := lab.ResidentKiB(t, pid)
 	// All that happens once a minute may fall into the ten seconds of the short run.
 	const budget = time.Minute * 2 / 1000
 	wall := max(10*time.Second, time.Duration(count(60))*time.Second)
@@ -118,21 +118,6 @@ func cpuTicks(t *testing.T, pid int) int {
 	system, err := strconv.Atoi(fields[12])
 	require.NoError(t, err)
 	return user + system
-}
-
-func residentKiB(t *testing.T, pid int) int {
-	t.Helper()
-	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	require.NoError(t, err)
-	for line := range strings.Lines(string(raw)) {
-		if value, ok := strings.CutPrefix(line, "VmRSS:"); ok {
-			n, err := strconv.Atoi(strings.Fields(value)[0])
-			require.NoError(t, err)
-			return n
-		}
-	}
-	t.Fatal("no VmRSS")
-	return 0
 }
 
 // Needs root. Where bpfnet turned forwarding on, it is on for containers only.

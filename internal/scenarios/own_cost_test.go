@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/bpfnet/bpfnet/internal/lab"
 )
 
 // sample are the times that one thing took, again and again.
@@ -146,7 +148,7 @@ func TestOwnCostStart(t *testing.T) {
 	limit := yardstick(t, w)
 	took := starts()
 	require.Equal(t, networks*sandboxes, w.readyEndpoints(t), "READY=1 is said when all are")
-	t.Logf("from exec to READY=1: %v; with %d endpoints: %v; resident %d KiB", empty, networks*sandboxes, took, residentKiB(t, w.b.PID()))
+	t.Logf("from exec to READY=1: %v; with %d endpoints: %v; resident %d KiB", empty, networks*sandboxes, took, lab.ResidentKiB(t, w.b.PID()))
 	require.LessOrEqual(t, took.quantile(0.5), limit(time.Second))
 }
 

@@ -5,8 +5,10 @@ package main
 import (
 	"bufio"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"strconv"
@@ -36,6 +38,7 @@ func stream(ctx context.Context, args []string) error {
 	network := f.String("network", "tcp", "tcp, tcp4, tcp6, udp, udp4 or udp6")
 	interval := f.Duration("interval", 10*time.Millisecond, "between messages")
 	duration := f.Duration("duration", time.Minute, "at most")
+	size := f.Int("size", 0, "of a message in bytes, filled up with what only its number tells; 0: no more than the number")
 	grace := f.Duration("grace", 2*time.Second, "for the last echoes")
 	timeout := f.Duration("timeout", 3*time.Second, "for connect")
 	to, err := target(f, args)
@@ -50,7 +53,7 @@ func stream(ctx context.Context, args []string) error {
 	if u, ok := c.(*net.UDPConn); ok {
 		roomy(u)
 	}
-	s := &streamer{conn: c, udp: strings.HasPrefix(*network, "udp"), got: make(map[int64]bool)}
+	s := &streamer{conn: c, udp: strings.HasPrefix(*network, "udp"), size: *size, got: make(map[int64]bool)}
 	in := bufio.NewReader(c)
 	if !s.udp {
 		_ = c.SetReadDeadline(time.Now().Add(*timeout))
@@ -83,7 +86,7 @@ func stream(ctx context.Context, args []string) error {
 		case <-ticker.C:
 			n := s.sent.Add(1)
 			_ = c.SetWriteDeadline(time.Now().Add(*grace))
-			if _, err := fmt.Fprintf(c, "%s%d\n", streamPrefix, n); err != nil && !s.udp {
+			if _, err := io.WriteString(c, s.message(n)); err != nil && !s.udp {
 				s.sent.Add(-1)
 				s.fail(err)
 				sending = false
@@ -103,6 +106,7 @@ func stream(ctx context.Context, args []string) error {
 type streamer struct {
 	conn net.Conn
 	udp  bool
+	size int
 	sent atomic.Int64
 
 	mu     sync.Mutex
@@ -141,15 +145,26 @@ func (s *streamer) receive(in *bufio.Reader) {
 	}
 }
 
+// message is the n-th, with a new line at its end: its number, and its hash over and over.
+func (s *streamer) message(n int64) string {
+	m := fmt.Sprintf("%s%d", streamPrefix, n)
+	if room := s.size - len(m) - 2; room > 0 {
+		hash := fmt.Sprintf("%x", sha256.Sum256([]byte(m)))
+		m += " " + strings.Repeat(hash, room/len(hash)+1)[:room]
+	}
+	return m + "\n"
+}
+
 func (s *streamer) check(line string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := time.Now()
 	s.sum.MaxGap = max(s.sum.MaxGap, float64(now.Sub(s.last).Microseconds())/1000)
 	s.last = now
-	n, err := strconv.ParseInt(strings.TrimSpace(strings.TrimPrefix(line, streamPrefix)), 10, 64)
+	number, _, _ := strings.Cut(strings.TrimSpace(strings.TrimPrefix(line, streamPrefix)), " ")
+	n, err := strconv.ParseInt(number, 10, 64)
 	switch {
-	case err != nil, s.got[n], n > s.sent.Load(), !s.udp && n != s.next+1:
+	case err != nil, line != s.message(n), s.got[n], n > s.sent.Load(), !s.udp && n != s.next+1:
 		s.sum.Corrupt++
 	default:
 		s.got[n] = true
