@@ -107,6 +107,14 @@ performance: ## write docs/performance.md, its plots and the README's figures fr
 	@[ -e $(RESULT) ] || { echo "performance: no $(RESULT): make bench measures; or say RESULT=FILE" >&2; exit 1; }
 	@go run ./cmd/bpfnet-bench page $(RESULT) docs README.md
 
+SOAK := 20m
+
+.PHONY: soak
+soak: need-root ## let everything happen at once for SOAK=20m, write docs/reliability/soak.json (root)
+	@scripts/deps.sh build test generate
+	@mkdir -p docs/reliability
+	@BPFNET_REQUIRE_ROOT=1 go test -count=1 -timeout 0 ./internal/soak -soak $(SOAK) -soak-out $(CURDIR)/docs/reliability/soak.json
+
 .PHONY: reliability
 reliability: need-root ## run the tests that keep promises at full counts, write docs/reliability.md (root)
 	@scripts/deps.sh build test
