@@ -3,6 +3,7 @@
 package loader
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -29,17 +30,29 @@ func nextDir(bpffs string) string { return filepath.Join(bpffs, "next") }
 
 func swapDir(bpffs string) string { return filepath.Join(nextDir(bpffs), "swap") }
 
-// carried are those tables, and whether their values begin as a struct flow does.
-var carried = map[string]bool{"flows4": true, "flows6": true, "sock_peers": false}
+// layout is what there is to know of a table's values.
+type layout struct {
+	flow bool // they begin as a struct flow does
+	tail int  // bytes at the end that stay there, behind what may grow
+}
+
+// carried are those tables.
+var carried = map[string]layout{
+	"flows4": {flow: true}, "flows6": {flow: true},
+	"syns4": {tail: 8}, "syns6": {tail: 8},
+	"sock_peers": {},
+}
 
 // moving is a table that changes hands.
 type moving struct {
 	name string
-	flow bool        // as in carried
+	layout
 	from []*ebpf.Map // that programs of before still write, the latest first
 	to   *ebpf.Map
 	// The table that is wanted is in its place: an earlier daemon had begun to leave it.
 	inPlace bool
+	// This instance's programs write the new one.
+	swapped bool
 }
 
 func (m *moving) close() {
@@ -70,18 +83,18 @@ func (l *Loader) carry(spec *ebpf.CollectionSpec) error {
 			return fmt.Errorf("remove what an earlier start left: %w", err)
 		}
 	}
-	for name, flow := range carried {
+	for name, layout := range carried {
 		if spec.Maps[name] == nil {
 			continue
 		}
-		if err := l.carryTable(spec.Maps[name], name, flow); err != nil {
+		if err := l.carryTable(spec.Maps[name], name, layout); err != nil {
 			return fmt.Errorf("carry %s over: %w", name, err)
 		}
 	}
 	return nil
 }
 
-func (l *Loader) carryTable(want *ebpf.MapSpec, name string, flow bool) error {
+func (l *Loader) carryTable(want *ebpf.MapSpec, name string, layout layout) error {
 	current := filepath.Join(maps.Dir(l.opts.BPFFS), name)
 	next := filepath.Join(nextDir(l.opts.BPFFS), name)
 	have, err := openPin(current)
@@ -92,7 +105,7 @@ func (l *Loader) carryTable(want *ebpf.MapSpec, name string, flow bool) error {
 	if err != nil {
 		return err
 	}
-	m := &moving{name: name, flow: flow}
+	m := &moving{name: name, layout: layout}
 	for _, pinned := range []*ebpf.Map{begun, have} {
 		if pinned == nil {
 			continue
@@ -114,6 +127,7 @@ func (l *Loader) carryTable(want *ebpf.MapSpec, name string, flow bool) error {
 	m.inPlace = m.to != nil && m.to == have
 	l.moving = append(l.moving, m)
 	if m.to != nil {
+		m.swapped = true
 		return m.merge()
 	}
 	spec := want.Copy()
@@ -186,9 +200,11 @@ func each(m *ebpf.Map, f func(n int, keys, values rows) error) error {
 	}
 }
 
-// reshape makes a value one of another layout: fields are only ever added at the end, and begin as zero.
-func reshape(to, value []byte) {
-	clear(to[copy(to, value):])
+// reshape makes a value one of another version: fields are only ever added at the end, and begin as zero.
+func (l layout) reshape(to, value []byte) {
+	end, valueEnd := len(to)-l.tail, len(value)-l.tail
+	clear(to[copy(to[:end], value[:valueEnd]):])
+	copy(to[end:], value[valueEnd:])
 }
 
 // fill copies into a table that nobody else uses yet.
@@ -199,7 +215,7 @@ func (m *moving) fill(from *ebpf.Map) error {
 			return nil
 		}
 		for i := range n {
-			reshape(shaped.at(i), values.at(i))
+			m.reshape(shaped.at(i), values.at(i))
 		}
 		if _, err := m.to.BatchUpdate(keys.first(n), shaped.first(n), nil); err != nil {
 			return fmt.Errorf("write %s: %w", m.to, err)
@@ -224,7 +240,7 @@ func (m *moving) mergeFrom(from *ebpf.Map) error {
 	return each(from, func(n int, keys, values rows) error {
 		for i := range n {
 			key := keys.at(i)
-			reshape(value, values.at(i))
+			m.reshape(value, values.at(i))
 			err := m.to.Lookup(key, have)
 			switch {
 			case errors.Is(err, ebpf.ErrKeyNotExist):
@@ -232,8 +248,10 @@ func (m *moving) mergeFrom(from *ebpf.Map) error {
 					err = nil // a packet was faster
 				}
 			case err != nil:
-			case m.flow && later(value, have):
-				keepFlags(value, have)
+			case m.flow && later(value, have), !m.flow && !m.swapped && !bytes.Equal(value, have):
+				if m.flow {
+					keepFlags(value, have)
+				}
 				if err = m.to.Update(key, value, ebpf.UpdateExist); errors.Is(err, ebpf.ErrKeyNotExist) {
 					err = nil
 				}
@@ -309,6 +327,9 @@ func (l *Loader) TakeOver(hold func(bool) error) (taken Taken, err error) {
 	}
 	if err := os.MkdirAll(swapDir(l.opts.BPFFS), 0o700); err != nil {
 		return taken, err
+	}
+	for _, m := range l.moving {
+		m.swapped = true
 	}
 	if err := l.swap(); err != nil {
 		return taken, err
