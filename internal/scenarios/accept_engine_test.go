@@ -14,6 +14,7 @@ import (
 
 	"github.com/bpfnet/bpfnet/api"
 	"github.com/bpfnet/bpfnet/internal/lab"
+	"github.com/bpfnet/bpfnet/internal/promise"
 )
 
 // Needs root. The engine is not there when the daemon starts, starts late, restarts with and without
@@ -62,6 +63,9 @@ func TestAcceptEngine(t *testing.T) {
 	tr.end(t, true)
 	require.Equal(t, pid, w.b.PID())
 	require.True(t, w.b.PID() > 0 && processExists(w.b.PID()), "the daemon ended")
+	promise.Kept(t, promise.Lifecycle,
+		"An Engine that is not there, starts late, restarts or dies stops no traffic of containers that run, and what it starts afterwards is served.",
+		"%d streams and %d pings lost nothing", len(tr.streams), len(tr.pings))
 }
 
 // Needs root. What the daemon costs when nothing happens.

@@ -23,6 +23,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/bpfnet/bpfnet/internal/lab"
+	"github.com/bpfnet/bpfnet/internal/promise"
 )
 
 // traffic is what must not notice the daemon's ups and downs.
@@ -218,6 +219,7 @@ func TestAcceptLife(t *testing.T) {
 	before := w.sysctls(t)
 	require.Equal(t, "0\n", before["/proc/sys/net/ipv4/ip_forward"])
 
+	streams := 0
 	for _, attach := range []string{"tcx", "clsact"} {
 		t.Run(attach, func(t *testing.T) {
 			w.b = w.StartBpfnet(t, w.d, "--attach", attach)
@@ -235,6 +237,7 @@ func TestAcceptLife(t *testing.T) {
 			tr.flow(t)
 			w.works(t)
 			tr.end(t, true)
+			streams += len(tr.streams)
 			w.b.MustCLI(t, "stats") // needs no daemon
 
 			tcx, filters := w.devicePrograms(t)
@@ -253,6 +256,9 @@ func TestAcceptLife(t *testing.T) {
 			w.clean(t, before)
 		})
 	}
+	promise.Kept(t, promise.Lifecycle,
+		"Killing, stopping and starting the daemon loses no packet, and cleanup leaves nothing of it on the host.",
+		"%d streams through two kills or stops each lost nothing", streams)
 }
 
 // clean wants nothing of bpfnet in the host.
