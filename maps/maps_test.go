@@ -128,6 +128,23 @@ func TestApply(t *testing.T) {
 	require.Zero(t, class.Ports[5000], "reserved by others")
 	require.Zero(t, class.Ports[40000], "the host's own")
 	require.Equal(t, bpf.DatapathPortBitsPORT_SNAT, class.Ports[65535])
+	looked := func(a string) bool {
+		bit := subnetBit(netip.MustParseAddr(a))
+		var class bpf.DatapathPortClass
+		require.NoError(t, m.m["port_class"].Lookup(uint32(0), &class))
+		return class.Subnets[bit>>3]&(1<<(bit&7)) != 0
+	}
+	require.True(t, looked("172.17.0.2"))
+	require.False(t, looked("10.9.0.1"), "masqueraded: the world does not see it")
+	bare := tables()
+	row := bare.Networks[1]
+	row.Masquerade = false
+	bare.Networks[1] = row
+	_, err = w.Apply(bare, settings())
+	require.NoError(t, err)
+	require.True(t, looked("10.9.0.1"), "answers to an allowed address")
+	_, err = w.Apply(tables(), settings())
+	require.NoError(t, err)
 	bit := subnetBit(netip.MustParseAddr("172.17.200.1"))
 	require.NotZero(t, class.Subnets[bit>>3]&(1<<(bit&7)))
 

@@ -440,7 +440,14 @@ func (w *Writer) writeClass(t policy.Tables, s Settings) (int, error) {
 	for p := range w.held {
 		want[classPorts+int(p)] |= byte(bpf.DatapathPortBitsPORT_HELD)
 	}
-	for p := range t.Subnets {
+	// Answers to what a container sends from further addresses of its own are looked up, too.
+	local := stdmaps.Clone(t.Subnets)
+	for src := range t.Sources {
+		if n := t.Networks[t.Endpoints[src.Endpoint].Network]; !n.Masquerades(src.Prefix.Addr().Is4()) {
+			local[src.Prefix] = 0
+		}
+	}
+	for p := range local {
 		bits, all := subnetBits(p)
 		if all {
 			for i := classSubnets; i < classSize; i++ {

@@ -58,6 +58,11 @@ type NetworkRow struct {
 	Source6    netip.Addr
 }
 
+// Masquerades reports whether the network hides its containers' addresses of a family from the world.
+func (n NetworkRow) Masquerades(is4 bool) bool {
+	return n.Masquerade && n.mode(is4) != ModeRouted
+}
+
 // EndpointRow is an endpoint whose interface is known and guarded: it is READY.
 type EndpointRow struct {
 	Ifindex int // of the host side

@@ -456,7 +456,7 @@ func (x *explainer) egress(net NetworkRow) {
 		return
 	}
 	is4 := dst.Addr().Is4()
-	masquerade := net.Masquerade && net.mode(is4) != ModeRouted
+	masquerade := net.Masquerades(is4)
 	switch {
 	case x.p.Reset || x.p.Answer:
 		x.drop("no_flow", "neither a reset nor an answer opens a flow")
