@@ -27,7 +27,7 @@ const Flood = "syn-flood"
 const floodRate = 100_000
 
 // floodRamp is how long a flood lasts before a window, so that what it fills is full.
-const floodRamp = 5 * time.Second
+const floodRamp = 3 * time.Second
 
 // floodNet is where the SYNs pretend to come from: for benchmarks, RFC 2544. What answers them goes back to the
 // client's host, which throws it away.

@@ -28,11 +28,10 @@ const (
 	statusInterrupted = 130
 )
 
-// What a run measures unless told otherwise. --quick has five minutes, and so shorter windows.
+// What a run measures unless told otherwise.
 const (
-	rounds      = 5
-	window      = 500 * time.Millisecond
-	quickWindow = 400 * time.Millisecond
+	rounds = 5
+	window = 400 * time.Millisecond
 )
 
 var errInterrupted = errors.New("interrupted; the labs are gone")
@@ -104,11 +103,6 @@ func parse(args []string) (command, error) {
 			f.PrintDefaults()
 		}
 		return c, err
-	}
-	given := map[string]bool{}
-	f.Visit(func(f *flag.Flag) { given[f.Name] = true })
-	if o.Quick && !given["window"] {
-		o.Window = quickWindow
 	}
 	switch {
 	case f.NArg() > 0:
