@@ -24,7 +24,7 @@ import (
 const Flood = "syn-flood"
 
 // floodRate is how many SYNs a second are offered.
-const floodRate = 100_000
+const floodRate = 80_000
 
 // floodRamp is how long a flood lasts before a window, so that what it fills is full.
 const floodRamp = 3 * time.Second
