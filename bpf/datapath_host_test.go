@@ -738,7 +738,12 @@ func (h *host) run(program string, frame []byte, ctx skb) result {
 // from has a container send the frame.
 func (h *host) from(slot int, frame []byte) result {
 	h.t.Helper()
-	return h.run("from_container", frame, skb{Ifindex: uint32(h.links[slot])})
+	return h.run("from_container", frame, h.sentBy(slot))
+}
+
+// sentBy is how from_container sees what comes by a veth: received.
+func (h *host) sentBy(slot int) skb {
+	return skb{Ifindex: uint32(h.links[slot]), IngressIfindex: uint32(h.links[slot])}
 }
 
 // uplink has the frame come in by up0.

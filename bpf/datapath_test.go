@@ -79,7 +79,7 @@ func (h *host) check(t *testing.T, cases []packetCase) {
 // fromCase is a packet that an endpoint sends.
 func (h *host) fromCase(name string, slot int, in []byte, action int32, count string, out []byte) packetCase {
 	return packetCase{
-		name: name, program: "from_container", ctx: skb{Ifindex: uint32(h.links[slot])},
+		name: name, program: "from_container", ctx: h.sentBy(slot),
 		in: in, action: action, count: count, out: out,
 	}
 }
@@ -642,6 +642,9 @@ func TestLink(t *testing.T) {
 		return addToSum(frame, 56, uint16(d))
 	}
 	lldp := append(append(append([]byte{}, broadcast...), macOf(alice)...), 0x88, 0xcc, 1, 2, 3, 4)
+	tagged := func(tci byte) []byte {
+		return slices.Insert(packet.UDP(at(f4.addr(bob), 40000), at(f4.addr(carol), 80), toGateway(alice)), 12, 0x81, 0x00, 0, tci)
+	}
 	lldpQuiet := append(append(append([]byte{}, broadcast...), macOf(quinn)...), 0x88, 0xcc, 1, 2, 3, 4)
 	group := ip("ff02::1")
 	toGroup := packet.MAC(macOf(alice), []byte{0x33, 0x33, 0, 0, 0, 1})
@@ -655,6 +658,8 @@ func TestLink(t *testing.T) {
 		h.fromCase("ARP from another MAC", alice, packet.ARP(f4.addr(alice), f4.addr(bob), true, toNeighbour(bob, bob)), actShot, dropped(spoofedMAC, "container"), nil),
 		h.fromCase("ARP cut short", alice, packet.ARP(f4.addr(alice), f4.addr(bob), false, packet.MAC(macOf(alice), broadcast))[:30], actShot, dropped(malformed, "container"), nil),
 		h.fromCase("ARP before it is ready", late, packet.ARP(f4.addr(late), f4.addr(bob), false, packet.MAC(macOf(late), broadcast)), actPass, toBridge, nil),
+		h.fromCase("in a VLAN", alice, tagged(5), actPass, toBridge, nil),
+		h.fromCase("with a tag of no VLAN", alice, tagged(0), actShot, dropped(malformed, "container"), nil),
 		h.fromCase("neighbour solicitation", alice, packet.NeighborSolicit(a, b, toGroup), actPass, toBridge, nil),
 		h.fromCase("neighbour solicitation before it is ready", late, packet.NeighborSolicit(f6.addr(late), b, packet.MAC(macOf(late), broadcast)), actPass, toBridge, nil),
 		h.fromCase("neighbour solicitation, link-local", alice, packet.NeighborSolicit(linkLocal, b, toGroup), actPass, toBridge, nil),
@@ -1436,13 +1441,15 @@ func TestFlowMemory(t *testing.T) {
 
 var update = flag.Bool("update", false, "write the golden files anew")
 
+var objects = []struct {
+	name string
+	load func() (*ebpf.CollectionSpec, error)
+}{{"datapath", bpf.LoadDatapath}, {"sock", bpf.LoadSock}, {"strict", bpf.LoadStrict}}
+
 // The programs' sizes, so that a change that doubles one shows.
 func TestInstructions(t *testing.T) {
 	var out strings.Builder
-	for _, object := range []struct {
-		name string
-		load func() (*ebpf.CollectionSpec, error)
-	}{{"datapath", bpf.LoadDatapath}, {"sock", bpf.LoadSock}, {"strict", bpf.LoadStrict}} {
+	for _, object := range objects {
 		spec, err := object.load()
 		require.NoError(t, err)
 		size := make(map[string]int)

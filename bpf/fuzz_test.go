@@ -43,7 +43,8 @@ func fuzzHooks(h *host) []sent {
 	var out []sent
 	for _, slot := range []int{alice, carol, ian, quinn, peggy} {
 		out = append(out,
-			sent{program: "from_container", hook: bpf.DatapathHookHOOK_CONTAINER, ctx: skb{Ifindex: uint32(h.links[slot])}},
+			sent{program: "from_container", hook: bpf.DatapathHookHOOK_CONTAINER, ctx: h.sentBy(slot)},
+			sent{program: "from_container", hook: bpf.DatapathHookHOOK_CONTAINER, ctx: skb{Ifindex: uint32(h.links[slot])}}, // by a netkit
 			sent{program: "to_container", hook: bpf.DatapathHookHOOK_TO_CONTAINER, ctx: skb{Ifindex: uint32(h.links[slot])}},
 			sent{program: "to_container", hook: bpf.DatapathHookHOOK_TO_CONTAINER, ctx: skb{Ifindex: uint32(h.links[slot]), IngressIfindex: uint32(h.links[bob])}},
 			sent{program: "to_container", hook: bpf.DatapathHookHOOK_TO_CONTAINER, ctx: skb{Ifindex: uint32(h.links[slot]), IngressIfindex: uint32(h.up), Mark: acceptMark}})

@@ -484,7 +484,7 @@ func (s *sequence) build(p *sent, smac, dmac net.HardwareAddr) {
 
 func (s *sequence) fromContainer() sent {
 	slot, f := pick(s.d, endpointSlots...), pick(s.d, families...)
-	p := sent{program: "from_container", hook: bpf.DatapathHookHOOK_CONTAINER, ctx: skb{Ifindex: uint32(s.h.links[slot])}}
+	p := sent{program: "from_container", hook: bpf.DatapathHookHOOK_CONTAINER, ctx: s.h.sentBy(slot)}
 	src := f.addr(slot)
 	if s.d.once(12) {
 		src = pick(s.d, f.addr(bob), f.addr(alice), f.foreign, f.loopback, f.unspecified)
@@ -546,7 +546,7 @@ func (s *sequence) reply(d delivery) sent {
 	sender := net.HardwareAddr(d.out[6:12])
 	switch {
 	case d.slot != 0:
-		p = sent{program: "from_container", hook: bpf.DatapathHookHOOK_CONTAINER, ctx: skb{Ifindex: uint32(s.h.links[d.slot])}}
+		p = sent{program: "from_container", hook: bpf.DatapathHookHOOK_CONTAINER, ctx: s.h.sentBy(d.slot)}
 		p.packet.From, p.packet.Device = policy.FromContainer, s.h.links[d.slot]
 		p.packet.Gateway = bytes.Equal(sender, bridgeMAC(places[d.slot].network))
 		smac, dmac = macOf(d.slot), sender

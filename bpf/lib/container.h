@@ -452,22 +452,49 @@ static __always_inline int container_ip(struct __sk_buff *skb, struct scratch *s
 	return conclude(skb, v6 ? container_slow6(skb) : container_slow4(skb), v6);
 }
 
+/*
+ * The protocol in the frame's header, in network order, which is written to scratch; 0 in a VLAN, or
+ * -REASON_MALFORMED. Not in line, for the stack's sake.
+ */
+__noinline int container_protocol(struct __sk_buff *skb)
+{
+	struct scratch *s = scratch_get();
+	__be16 proto, tci = bpf_htons(skb->vlan_tci);
+	bool tagged = skb->vlan_present;
+
+	if (!s)
+		return -REASON_MALFORMED;
+	proto = parse_ethernet(skb, &s->packet);
+	/* What a netkit passes on goes by skb->protocol, which is the sender's word (packet(7)). */
+	if (!proto || (by_netkit(skb) && skb->protocol != proto))
+		return -REASON_MALFORMED;
+	if (!tagged && (proto == bpf_htons(ETH_P_8021Q) || proto == bpf_htons(ETH_P_8021AD))) {
+		tagged = true;
+		if (bpf_skb_load_bytes(skb, sizeof(struct ethhdr), &tci, sizeof(tci)))
+			return -REASON_MALFORMED;
+	}
+	if (!tagged)
+		return proto;
+	/* A tag of no VLAN: the stack takes it off and what it hides for untagged. */
+	return tci & bpf_htons(VLAN_ID) ? 0 : -REASON_MALFORMED;
+}
+
 /* Anything that did not go straight on. */
 __noinline int container_frame(struct __sk_buff *skb)
 {
 	struct scratch *s = scratch_start(HOOK_CONTAINER);
-	__be16 proto;
+	int proto;
 
 	if (!s)
 		return drop(skb, HOOK_CONTAINER, REASON_NOT_READY);
-	proto = parse_ethernet(skb, &s->packet);
-	if (!proto)
-		return drop(skb, HOOK_CONTAINER, REASON_MALFORMED);
-	if (!skb->vlan_present && proto == bpf_htons(ETH_P_IP))
+	proto = container_protocol(skb);
+	if (proto < 0)
+		return drop(skb, HOOK_CONTAINER, -proto);
+	if (proto == bpf_htons(ETH_P_IP))
 		return container_ip(skb, s, false);
-	if (!skb->vlan_present && proto == bpf_htons(ETH_P_IPV6))
+	if (proto == bpf_htons(ETH_P_IPV6))
 		return container_ip(skb, s, true);
-	return container_link(skb, &s->packet, skb->vlan_present ? 0 : proto);
+	return container_link(skb, &s->packet, proto);
 }
 
 /* A plain packet of a flow that stands: straight on. STRAIGHT_NOT, or the action. */
@@ -623,8 +650,13 @@ static __always_inline int to_container_ip(struct __sk_buff *skb, struct packet 
 static __always_inline int to_container_frame(struct __sk_buff *skb)
 {
 	struct packet p = { .hook = HOOK_TO_CONTAINER };
-	__be16 proto = parse_ethernet(skb, &p);
+	__be16 proto;
 
+	if (skb->mark == MARK_DELIVERED) {
+		skb->mark = 0;
+		return PASS;
+	}
+	proto = parse_ethernet(skb, &p);
 	if (!proto)
 		return drop(skb, HOOK_TO_CONTAINER, REASON_MALFORMED);
 	if (skb->mark == MARK_JUDGED) {

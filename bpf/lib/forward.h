@@ -10,9 +10,20 @@
  * there. Containers cannot set it: a mark does not cross network namespaces.
  */
 #define MARK_JUDGED 0xb9f00000
+/* Likewise, and judged for the container that it is redirected to, from a netkit. */
+#define MARK_DELIVERED 0xb9f00001
 
-/* tcx: let the next program run; clsact: go on. */
+/* tcx, netkit: let the next program run; clsact: go on. */
 #define PASS TC_ACT_UNSPEC
+
+/*
+ * A netkit's program runs while the container sends, as if the frame had come to the host's end, which
+ * has not received it yet.
+ */
+static __always_inline bool by_netkit(const struct __sk_buff *skb)
+{
+	return !skb->ingress_ifindex;
+}
 
 static __always_inline int to_stack(struct __sk_buff *skb, __u8 hook)
 {
@@ -161,6 +172,11 @@ static __always_inline int forward(struct __sk_buff *skb, const struct packet *p
 		count_fate(skb, hook, FATE_CONTAINER);
 		if (hook == HOOK_HOST) {
 			skb->mark = MARK_JUDGED;
+			return bpf_redirect(ifindex, 0);
+		}
+		/* bpf_redirect_peer() wants a frame that was received. */
+		if (hook == HOOK_CONTAINER && by_netkit(skb)) {
+			skb->mark = MARK_DELIVERED;
 			return bpf_redirect(ifindex, 0);
 		}
 		/* A bridge port sees every frame as for another host. */

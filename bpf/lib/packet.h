@@ -26,6 +26,8 @@
 #define IP_MORE_FRAGMENTS 0x2000
 #define IP_FRAGMENT_OFFSET 0x1fff
 
+#define VLAN_ID 0x0fff /* of a tag, IEEE 802.1Q */
+
 #define TCP_FIN 0x01
 #define TCP_SYN 0x02
 #define TCP_RST 0x04
