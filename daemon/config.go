@@ -34,6 +34,10 @@ type Config struct {
 	Uplinks []string // device names; empty: found by itself
 	Attach  string   // "", "tcx" or "clsact"; empty: tcx where the kernel has it
 
+	// LinkType is the kind of pairs that join bpfnet's own sandboxes to their networks: netdev.LinkAuto,
+	// LinkVeth or LinkNetkit. Optional: netdev.LinkVeth.
+	LinkType string
+
 	// Flows is the number of flows that the tables hold, rounded up to a power of two; 0: by memory.
 	Flows int
 	// EndpointFlows is the number of flows that one endpoint may have: opened by it, or to it from beyond

@@ -176,7 +176,7 @@ func open(cfg Config) (_ *Daemon, err error) {
 			return nil, err
 		}
 	}
-	if d.devices, err = netdev.Open(netdev.Options{Uplinks: cfg.Uplinks}); err != nil {
+	if d.devices, err = netdev.Open(netdev.Options{Uplinks: cfg.Uplinks, LinkType: cfg.LinkType}); err != nil {
 		return nil, err
 	}
 	if d.cookie, err = netdev.NetnsCookie(); err != nil {

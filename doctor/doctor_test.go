@@ -243,7 +243,7 @@ func TestNoAlarm(t *testing.T) {
 			f.Routes6 = []netdev.DefaultRoute6{{Device: "eth0"}}
 		},
 		"no tcx": func(f *Facts) {
-			f.Features = []loader.Feature{{Name: "tcx", Since: "6.6", Err: errors.New("no"), Optional: true}}
+			f.Features = []loader.Feature{{Name: "tcx", Since: "6.6", Err: errors.New("no"), Without: "programs are attached as clsact filters"}}
 		},
 		"an SCTP port": func(f *Facts) {
 			f.Snapshot.Ports = append(f.Snapshot.Ports, api.Port{Proto: "sctp", Host: "0.0.0.0:9"})

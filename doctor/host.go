@@ -14,10 +14,10 @@ func checkKernel(f *Facts) []Finding {
 	var lacks, ways []string
 	for _, x := range f.Features {
 		switch {
-		case x.Err != nil && !x.Optional:
+		case x.Err != nil && x.Without == "":
 			lacks = append(lacks, fmt.Sprintf("%s (since Linux %s): %s", x.Name, x.Since, oneLine(x.Err.Error())))
 		case x.Err != nil:
-			ways = append(ways, fmt.Sprintf("no %s (since Linux %s): programs are attached as clsact filters", x.Name, x.Since))
+			ways = append(ways, fmt.Sprintf("no %s (since Linux %s): %s", x.Name, x.Since, x.Without))
 		}
 	}
 	var out []Finding

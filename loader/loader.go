@@ -49,7 +49,8 @@ type Classifier interface {
 // Options of Load.
 type Options struct {
 	Paths
-	// Attach is "tcx", "clsact", or empty for tcx where the kernel has it.
+	// Attach is "tcx", "clsact", or empty for tcx where the kernel has it. What a netkit's container sends
+	// is seen by a netkit link in any case.
 	Attach string
 	// Flows is the number of flows that the IPv4 table holds, rounded up to a power of two. 0: what a
 	// running instance has, else by memory.
@@ -408,6 +409,13 @@ func linksDir(bpffs string) string { return filepath.Join(bpffs, "links") }
 
 func pinName(program string, ifindex int) string { return program + "-" + strconv.Itoa(ifindex) }
 
+// isNetkit reports whether the device is the host's end of a netkit pair. What a container sends there is
+// seen by a program of the pair itself, whichever way others are attached.
+func isNetkit(ifindex int) bool {
+	_, err := link.QueryPrograms(link.QueryOptions{Target: ifindex, Attach: ebpf.AttachNetkitPeer})
+	return err == nil
+}
+
 // Attach puts a program on a device, replacing an older version of it there without a gap. It is
 // idempotent. An error that wraps fs.ErrNotExist or unix.ENODEV says that the device is gone.
 func (l *Loader) Attach(program string, ifindex int) error {
@@ -422,7 +430,8 @@ func (l *Loader) attach(program string, ifindex int) error {
 	if prog == nil {
 		return fmt.Errorf("attach %s: no such program", program)
 	}
-	if !l.tcx {
+	netkit := program == FromContainer && isNetkit(ifindex)
+	if !l.tcx && !netkit {
 		if _, ok := l.filters[name]; ok {
 			return nil
 		}
@@ -450,6 +459,9 @@ func (l *Loader) attach(program string, ifindex int) error {
 		attach = ebpf.AttachTCXEgress
 	}
 	return l.attachLink(name, prog, func() (link.Link, error) {
+		if netkit {
+			return link.AttachNetkit(link.NetkitOptions{Interface: ifindex, Program: prog, Attach: ebpf.AttachNetkitPeer})
+		}
 		return link.AttachTCX(link.TCXOptions{Interface: ifindex, Program: prog, Attach: attach})
 	})
 }

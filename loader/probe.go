@@ -26,8 +26,8 @@ import (
 // Feature is something that the kernel has or lacks.
 type Feature struct {
 	Name, Since string
-	Err         error // why it is not there; nil: it is
-	Optional    bool  // there is another way without it
+	Err         error  // why it is not there; nil: it is
+	Without     string // what is done instead; empty: the programs do not load without it
 }
 
 // Features tries what the programs need of the kernel, the oldest first. cgroup is the directory where
@@ -45,7 +45,69 @@ func Features(cgroup string) []Feature {
 	if cgroup != "" {
 		out = append(out, Feature{Name: "attaching to a cgroup", Since: "5.7", Err: probeCgroup(cgroup)})
 	}
-	return append(out, Feature{Name: "tcx", Since: "6.6", Err: probeTCX(), Optional: true})
+	return append(out,
+		Feature{Name: "tcx", Since: "6.6", Err: probeTCX(), Without: "programs are attached as clsact filters"},
+		Feature{
+			Name: "route lookup that tells the source address", Since: "6.7", Err: probeHelper(fibLookup),
+			Without: "masquerading uses the uplink's first address, also where a route names another (src)",
+		},
+		Feature{
+			Name: "BPF_F_IPV6 in checksum updates", Since: "6.16", Err: probeHelper(csumReplace6),
+			Without: "translated IPv6 packets that a device sums up whole lose that sum, and are summed up again",
+		})
+}
+
+// fibLookup and csumReplace6 call a helper with the flags in question, and nothing that it could work
+// on: a kernel that does not know the flags says EINVAL, another one something else.
+var (
+	fibLookup = slices.Concat(zeroes(64), asm.Instructions{
+		asm.Mov.Reg(asm.R2, asm.RFP), asm.Add.Imm(asm.R2, -64), asm.Mov.Imm(asm.R3, 64),
+		asm.StoreImm(asm.R2, 0, unix.AF_INET, asm.Byte), // family
+		asm.StoreImm(asm.R2, 8, 1, asm.Word),            // ifindex: lo
+		asm.Mov.Imm(asm.R4, fibLookupSkipNeigh|fibLookupSrc), asm.FnFibLookup.Call(),
+	})
+	csumReplace6 = asm.Instructions{
+		asm.Mov.Imm(asm.R2, 1), // an odd offset
+		asm.Mov.Imm(asm.R3, 0), asm.Mov.Imm(asm.R4, 0), asm.Mov.Imm(asm.R5, pseudoHeader|csumIPv6), asm.FnL4CsumReplace.Call(),
+	}
+)
+
+// Flags of linux/bpf.h.
+const (
+	fibLookupSkipNeigh = 1 << 2
+	fibLookupSrc       = 1 << 4
+	pseudoHeader       = 1 << 4
+	csumIPv6           = 1 << 7
+)
+
+// zeroes clears the top of the stack.
+func zeroes(size int16) (out asm.Instructions) {
+	out = append(out, asm.Mov.Imm(asm.R0, 0))
+	for at := -size; at < 0; at += 8 {
+		out = append(out, asm.StoreMem(asm.RFP, at, asm.R0, asm.DWord))
+	}
+	return out
+}
+
+// probeHelper runs the call that insns end with, and fails if the kernel says EINVAL.
+func probeHelper(insns asm.Instructions) error {
+	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Name: "bpfnet_probe", Type: ebpf.SchedCLS, License: "Dual BSD/GPL",
+		Instructions: slices.Concat(insns, asm.Instructions{
+			asm.Mov.Reg(asm.R1, asm.R0), asm.Mov.Imm(asm.R0, 0),
+			asm.JNE.Imm(asm.R1, -int32(unix.EINVAL), "end"), asm.Mov.Imm(asm.R0, 1),
+			asm.Return().WithSymbol("end"),
+		}),
+	})
+	if err != nil {
+		return fmt.Errorf("load a TC program: %w", err)
+	}
+	defer prog.Close()
+	ret, err := prog.Run(&ebpf.RunOptions{Data: make([]byte, 64)})
+	if err == nil && ret != 0 {
+		err = unix.EINVAL
+	}
+	return err
 }
 
 // probeCgroup attaches a program that allows everything for a moment. It is refused where a program
@@ -181,14 +243,21 @@ func mapName(id ebpf.MapID) string {
 	return info.Name
 }
 
-// TCXChain lists the programs of a device's tcx hook in the order in which they run. A kernel without
-// tcx has none.
+// TCXChain lists the programs of a device's tcx hook in the order in which they run; before those of
+// ingress, a netkit's that see what its far end sends. A kernel without tcx has none.
 func TCXChain(ifindex int, egress bool) ([]Program, error) {
-	attach := ebpf.AttachTCXIngress
 	if egress {
-		attach = ebpf.AttachTCXEgress
+		return query(link.QueryOptions{Target: ifindex, Attach: ebpf.AttachTCXEgress})
 	}
-	return query(link.QueryOptions{Target: ifindex, Attach: attach})
+	var netkit []Program
+	if isNetkit(ifindex) {
+		var err error
+		if netkit, err = query(link.QueryOptions{Target: ifindex, Attach: ebpf.AttachNetkitPeer}); err != nil {
+			return nil, err
+		}
+	}
+	tcx, err := query(link.QueryOptions{Target: ifindex, Attach: ebpf.AttachTCXIngress})
+	return append(netkit, tcx...), err
 }
 
 func query(opts link.QueryOptions) ([]Program, error) {

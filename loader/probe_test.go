@@ -13,6 +13,7 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/bpfnet/bpfnet/internal/lab"
 	"github.com/bpfnet/bpfnet/loader"
@@ -31,6 +32,13 @@ func TestFeatures(t *testing.T) {
 	for _, name := range []string{"bpf_redirect_peer", "BPF timers", "BPF programs of type syscall", "BTF", "attaching to a cgroup"} {
 		require.Contains(t, names, name)
 		require.NoError(t, names[name], name)
+	}
+	// What another way is there for is found or missed as a whole: not for the probe's own faults.
+	for _, name := range []string{"tcx", "route lookup that tells the source address", "BPF_F_IPV6 in checksum updates"} {
+		require.Contains(t, names, name)
+		if err := names[name]; err != nil && !errors.Is(err, ebpf.ErrNotSupported) {
+			require.ErrorIs(t, err, unix.EINVAL, name)
+		}
 	}
 	start := time.Now()
 	require.NoError(t, loader.TryLoad())

@@ -42,7 +42,7 @@ type BridgeSpec struct {
 // OwnLink is a device with our alias.
 type OwnLink struct {
 	Name    string
-	Kind    string // "bridge" or "veth"
+	Kind    string // "bridge", "veth" or "netkit"
 	Ifindex int
 }
 

@@ -18,6 +18,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -35,6 +36,8 @@ type Options struct {
 	// Uplinks are the devices to take as uplinks instead of those found. Each must exist
 	// when Open is called; one that vanishes later is left out. Optional.
 	Uplinks []string
+	// LinkType is what CreateVeth makes: LinkAuto, LinkVeth or LinkNetkit. Optional: LinkVeth.
+	LinkType string
 }
 
 // Devices reads and changes the host namespace through netlink sockets of its own. It is safe
@@ -47,6 +50,8 @@ type Devices struct {
 	// thing at a time.
 	deleting *netlink.Handle
 	uplinks  []string
+	linkType string
+	noNetkit atomic.Bool // the kernel has said so
 
 	tableMu sync.Mutex
 	table   *table
@@ -62,9 +67,15 @@ type peer struct {
 }
 
 // Open binds to the calling thread's network namespace. It fails if an uplink named in the
-// options does not exist (the error lists the nearest names) or cannot be one.
+// options does not exist (the error lists the nearest names) or cannot be one, and if the kernel does
+// not have the link type that they ask for.
 func Open(opts Options) (*Devices, error) {
-	d := &Devices{uplinks: slices.Clone(opts.Uplinks)}
+	if opts.LinkType == LinkNetkit {
+		if err := ProbeNetkit(); err != nil {
+			return nil, fmt.Errorf("link type %s: %w; use %s or %s", LinkNetkit, err, LinkAuto, LinkVeth)
+		}
+	}
+	d := &Devices{uplinks: slices.Clone(opts.Uplinks), linkType: opts.LinkType}
 	if err := d.open(); err != nil {
 		d.Close()
 		return nil, fmt.Errorf("open netlink: %w", err)

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -23,6 +24,13 @@ import (
 // a millisecond on an idle machine, and as long as others hold the lock of the interfaces on a busy one.
 const workerWait = 10 * time.Second
 
+// The kinds of pairs that join sandboxes to bridges, and the choice between them.
+const (
+	LinkAuto   = "auto" // netkit where the kernel has it
+	LinkVeth   = "veth"
+	LinkNetkit = "netkit"
+)
+
 // VethSpec is the pair of devices that joins a sandbox to a bridge.
 type VethSpec struct {
 	Host string // the host's end
@@ -36,8 +44,9 @@ type VethSpec struct {
 	Addrs []netip.Prefix
 }
 
-// CreateVeth makes the pair, one end in the host namespace, the other in ns, both down, and returns
-// the index of the host's end. An end with our alias that is left from an earlier run under the same
+// CreateVeth makes the pair of the kind that the options say, one end in the host namespace, the other in
+// ns, both down, and returns the index of the host's end. What a netkit's far end sends is dropped as long
+// as no program sees it. An end with our alias that is left from an earlier run under the same
 // name is replaced. When CreateVeth fails nothing is left; it fails with ErrForeign if the host has a
 // device of that name that is not ours.
 func (d *Devices) CreateVeth(ns *os.File, v VethSpec) (ifindex int, err error) {
@@ -75,9 +84,33 @@ func (d *Devices) addVeth(ns *os.File, v VethSpec) (ifindex int, err error) {
 	// Not the lowest of the bridge's ports, should anyone's bridge take its MAC from them.
 	mac := randomMAC(0xfe)
 	attrs.HardwareAddr = mac[:]
+	if (d.linkType == LinkAuto || d.linkType == LinkNetkit) && !d.noNetkit.Load() {
+		ifindex, err = d.addPair(netkitOf(attrs, ns, v), v)
+		if d.linkType == LinkNetkit || !errors.Is(err, unix.EOPNOTSUPP) {
+			return ifindex, err
+		}
+		d.noNetkit.Store(true)
+	}
 	pair := netlink.NewVeth(attrs)
 	pair.PeerName, pair.PeerHardwareAddr, pair.PeerNamespace = v.Name, v.MAC[:], netlink.NsFd(ns.Fd())
+	return d.addPair(pair, v)
+}
 
+// netkitOf is a netkit that carries Ethernet frames, as a bridge wants them.
+func netkitOf(attrs netlink.LinkAttrs, ns *os.File, v VethSpec) *netlink.Netkit {
+	pair := &netlink.Netkit{
+		LinkAttrs: attrs, Mode: netlink.NETKIT_MODE_L2,
+		Policy: netlink.NETKIT_POLICY_FORWARD, PeerPolicy: netlink.NETKIT_POLICY_BLACKHOLE,
+		// Marks and priorities do not cross.
+		Scrub: netlink.NETKIT_SCRUB_DEFAULT, PeerScrub: netlink.NETKIT_SCRUB_DEFAULT,
+	}
+	pair.SetPeerAttrs(&netlink.LinkAttrs{
+		Name: v.Name, MTU: v.MTU, HardwareAddr: v.MAC[:], Namespace: netlink.NsFd(ns.Fd()),
+	})
+	return pair
+}
+
+func (d *Devices) addPair(pair netlink.Link, v VethSpec) (ifindex int, err error) {
 	err = d.handle.LinkAdd(pair)
 	if errors.Is(err, unix.EEXIST) {
 		if err = d.removeStray(v); err == nil {
@@ -87,8 +120,8 @@ func (d *Devices) addVeth(ns *os.File, v VethSpec) (ifindex int, err error) {
 	if err != nil {
 		return 0, fmt.Errorf("create: %w", err)
 	}
-	if pair.Index != 0 {
-		return pair.Index, nil
+	if index := pair.Attrs().Index; index != 0 {
+		return index, nil
 	}
 	l, err := linkByName(d.handle, v.Host)
 	if err == nil && l == nil {
@@ -100,6 +133,38 @@ func (d *Devices) addVeth(ns *os.File, v VethSpec) (ifindex int, err error) {
 	return l.index, nil
 }
 
+// ProbeNetkit makes a netkit pair as CreateVeth would, in a network namespace that ends with the call.
+// The error says why the kernel has none.
+func ProbeNetkit() error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // for good: the thread and its namespace end with the goroutine
+		done <- func() error {
+			if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+				return fmt.Errorf("make a network namespace: %w", err)
+			}
+			ns, err := OpenNetNS(threadNetNS)
+			if err != nil {
+				return err
+			}
+			defer ns.Close()
+			h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+			if err != nil {
+				return err
+			}
+			defer h.Close()
+			attrs, mac := netlink.NewLinkAttrs(), randomMAC(0xfe)
+			attrs.Name, attrs.HardwareAddr = "near", mac[:]
+			err = h.LinkAdd(netkitOf(attrs, ns, VethSpec{Name: "far", MAC: randomMAC(0x02)}))
+			if errors.Is(err, unix.EOPNOTSUPP) {
+				err = errors.New("the kernel makes no netkit pairs with addresses of our choice (since Linux 6.12, CONFIG_NETKIT)")
+			}
+			return err
+		}()
+	}()
+	return <-done
+}
+
 // removeStray makes room after the kernel found a name taken, without saying which of the two.
 func (d *Devices) removeStray(v VethSpec) error {
 	l, err := linkByName(d.handle, v.Host)
@@ -108,7 +173,7 @@ func (d *Devices) removeStray(v VethSpec) error {
 		return err
 	case l == nil:
 		return fmt.Errorf("the sandbox has a device %s already", v.Name)
-	case !l.own || l.kind != "veth":
+	case !l.own || l.kind != LinkVeth && l.kind != LinkNetkit:
 		return fmt.Errorf("a device of that name exists already and %w", ErrForeign)
 	}
 	return delLink(d.handle, l.index)

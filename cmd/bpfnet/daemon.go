@@ -109,6 +109,7 @@ Each flag can also be set in the configuration file and in the environment: see
 	flags.StringVar(&f.cfg.Docker, "docker", "unix:///run/docker.sock", "`socket` of the Docker Engine, or off")
 	flags.StringArrayVar(&f.cfg.Uplinks, "uplink", nil, "`device` to take as an uplink, instead of those found; repeatable")
 	flags.StringVar(&f.cfg.Attach, "attach", "", "`how` to attach: tcx or clsact (default: tcx where the kernel has it, Linux 6.6)")
+	flags.StringVar(&f.cfg.LinkType, "link-type", netdev.LinkAuto, "`kind` of link that joins bpfnet's own sandboxes to their networks: netkit, veth, or auto (netkit where the kernel has it)")
 	flags.IntVar(&f.cfg.Flows, "flows", 0, "`number` of flows that the tables hold, rounded up to a power of two (default: by memory)")
 	flags.IntVar(&f.cfg.EndpointFlows, "endpoint-flows", 0, "`number` of flows that one container may have in one network (default: any)")
 	flags.StringArrayVar(&f.timeouts, "timeout", nil, "idle time after which a flow is forgotten, as `NAME=DURATION` ("+strings.Join(daemon.TimeoutNames(), ", ")+"); repeatable")
@@ -219,6 +220,9 @@ func checkDaemon(cfg daemon.Config) error {
 	}
 	if !slices.Contains([]string{"", "tcx", "clsact"}, cfg.Attach) {
 		return usagef("--attach %q: want tcx or clsact", cfg.Attach)
+	}
+	if !slices.Contains([]string{netdev.LinkAuto, netdev.LinkVeth, netdev.LinkNetkit}, cfg.LinkType) {
+		return usagef("--link-type %q: want auto, veth or netkit", cfg.LinkType)
 	}
 	if !slices.Contains([]string{daemon.RelayOwn, daemon.RelayAll, daemon.RelayNone}, cfg.Relay) {
 		return usagef("--relay %q: want own, all or none", cfg.Relay)

@@ -119,7 +119,9 @@ func (g *gatherer) kernel() {
 	if !g.sameBinary() {
 		g.f.LoadErr = loader.TryLoad()
 	}
-	g.f.Features = loader.Features(g.f.Cgroup)
+	g.f.Features = append(loader.Features(g.f.Cgroup), loader.Feature{
+		Name: "netkit", Since: "6.12", Err: netdev.ProbeNetkit(), Without: "bpfnet's own sandboxes are joined by veth pairs",
+	})
 	g.f.DestroyErr = netdev.CanDestroySockets()
 	g.f.Memcg = loader.MemcgAccounting()
 }
