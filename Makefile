@@ -20,7 +20,7 @@ export CGO_ENABLED := 0
 
 .PHONY: help
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: build
 build: ## make bin/bpfnet; needs only Go
@@ -80,6 +80,17 @@ fuzz: need-root ## hold the programs against their model, for FUZZTIME=1h each o
 		go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x ./bpf || exit 1; done
 
 FUZZTIME = 1h
+
+.PHONY: test-kernels
+test-kernels: need-root ## run the BPF tests and whole hosts on Linux 6.1 and 6.12, emulated (root, 20 minutes)
+	@scripts/deps.sh build test
+	@BPFNET_REQUIRE_ROOT=1 BPFNET_FULL=1 $(GO_TEST) -timeout 40m ./internal/vm | $(SUMMARY)
+
+.PHONY: kernels-golden
+kernels-golden: need-root ## write what the programs cost each kernel, bpf/testdata/kernels, anew (root, two minutes)
+	@scripts/deps.sh build test
+	go test -count=1 ./bpf -run TestInstructions -update
+	go test -count=1 ./internal/vm -run TestOlderKernels -update
 
 .PHONY: conformance
 conformance: need-root ## compare with Docker's own data path in every cell, write docs/generated/conformance.md (root, 10 minutes)

@@ -259,6 +259,8 @@ func TestAcceptLife(t *testing.T) {
 	promise.Kept(t, promise.Lifecycle,
 		"Killing, stopping and starting the daemon loses no packet, and cleanup leaves nothing of it on the host.",
 		"%d streams through two kills or stops each lost nothing", streams)
+	promise.Kept(t, promise.Kernels, "With --attach clsact the programs do all that they do by tcx.",
+		"Traffic through kill, start, restart and stop, then cleanup, on the same kernel by both.")
 }
 
 // clean wants nothing of bpfnet in the host.

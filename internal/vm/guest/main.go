@@ -18,6 +18,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -26,13 +27,20 @@ import (
 
 // plan is what the test has written for the guest; it has the same fields.
 type plan struct {
+	Kernel  string   // as in "6.1"
+	Golden  string   // text of its golden file
+	Update  bool     // run nothing but the tests, to write that anew
 	Attach  string   // the way of attaching that the kernel should lead to, tcx or clsact
+	Link    string   // the kind of links that bpfnet's own sandboxes should get, veth or netkit
+	Lacks   []string // the features that doctor should name as missing
 	Modules []string // to be loaded, in this order
 	Tests   []tests
 }
 
 // tests are some of a package, in a test binary.
 type tests struct{ Binary, Run, Skip string }
+
+const home = "/root"
 
 var checks int
 
@@ -61,17 +69,32 @@ func main() {
 	}
 	p, err := readPlan()
 	if err == nil {
-		err = run(p.Attach)
+		err = errors.Join(os.MkdirAll(filepath.Dir(p.golden()), 0o755), os.WriteFile(p.golden(), []byte(p.Golden), 0o644))
+	}
+	if err == nil && !p.Update {
+		err = run(p)
 	}
 	if err != nil {
 		check("run", err) // what it found itself unable to go on after
 	}
 	for _, t := range p.Tests {
 		started := time.Now()
-		check("tests of "+strings.TrimSuffix(t.Binary, ".test"), t.run())
+		check("tests of "+strings.TrimSuffix(t.Binary, ".test"), t.run(p.Update))
 		fmt.Println(t.Binary, time.Since(started).Round(time.Second/10))
 	}
+	if p.Update {
+		text, err := os.ReadFile(p.golden())
+		check("read the golden file", err)
+		for line := range strings.Lines(string(text)) {
+			fmt.Print("GOLDEN ", line)
+		}
+	}
 	fmt.Println("GUEST DONE", checks)
+}
+
+// golden is where the tests of package bpf look for the kernel's file.
+func (p plan) golden() string {
+	return filepath.Join(home, "testdata", "kernels", p.Kernel+".golden")
 }
 
 func readPlan() (p plan, err error) {
@@ -83,13 +106,16 @@ func readPlan() (p plan, err error) {
 }
 
 // run runs the tests. Their output is for whoever reads the console.
-func (t tests) run() error {
+func (t tests) run(update bool) error {
 	args := []string{"-test.run", t.Run}
+	if update {
+		args = append(args, "-update")
+	}
 	if t.Skip != "" {
 		args = append(args, "-test.skip", t.Skip)
 	}
 	cmd := exec.Command("/"+t.Binary, args...)
-	cmd.Dir = "/root"
+	cmd.Dir = home
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	return cmd.Run()
 }
@@ -107,7 +133,7 @@ func initialize() error {
 	// In a process of its own, as packages look at /proc when they are initialized.
 	child, err := os.StartProcess(os.Args[0], os.Args[:1], &os.ProcAttr{
 		Files: []*os.File{os.Stdin, os.Stdout, os.Stderr},
-		Env:   []string{"PATH=/bin", "HOME=/root", "BPFNET_REQUIRE_ROOT=1"},
+		Env:   []string{"PATH=/bin", "HOME=" + home, "BPFNET_REQUIRE_ROOT=1"},
 	})
 	if err != nil {
 		return err

@@ -5,15 +5,19 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
 	"maps"
+	"math"
+	"math/bits"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -48,7 +52,8 @@ type own struct {
 	daemon       *exec.Cmd
 }
 
-func (s *scene) own() error {
+// The links of the sandboxes should be of the kind, and the kernel lack these features.
+func (s *scene) own(link string, lacks []string) error {
 	o := &own{scene: s}
 	for _, device := range []string{"br-one", "br-two", "veth-a", "veth-b", "veth-other"} {
 		l, err := s.host.h.LinkByName(device)
@@ -68,7 +73,7 @@ func (s *scene) own() error {
 		name string
 		do   func() error
 	}{
-		{"daemon", o.start},
+		{"daemon", func() error { return o.start() }},
 		{"network create", o.networks},
 		{"run -d", o.sandboxes},
 	} {
@@ -83,6 +88,9 @@ func (s *scene) own() error {
 		name string
 		do   func() error
 	}{
+		{"links are " + link, func() error { return linkedBy(link, o.web, o.db, o.far) }},
+		{"fast path", o.straight},
+		{"forged frames", o.forged},
 		{"isolation", o.isolated},
 		{"connect and disconnect", o.connect},
 		{"allow", o.allow},
@@ -92,7 +100,8 @@ func (s *scene) own() error {
 		{"publish and unpublish", o.publish},
 		{"published ports are held", o.held},
 		{"restart", o.restart},
-		{"doctor", func() error { _, err := bpfnet("doctor"); return err }},
+		{"a veth beside", o.beside},
+		{"doctor names what is missing", func() error { return doctor(lacks) }},
 		{"rm", o.remove},
 		{"cleanup", o.cleanup},
 	} {
@@ -115,7 +124,7 @@ func bpfnet(args ...string) (string, error) {
 }
 
 // start starts the daemon and waits until it is ready: sd_notify(3).
-func (o *own) start() error {
+func (o *own) start(args ...string) error {
 	const path = "/tmp/notify"
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -130,7 +139,7 @@ func (o *own) start() error {
 		return err
 	}
 	defer log.Close()
-	o.daemon = exec.Command("/bpfnet", "daemon", "--docker", "off")
+	o.daemon = exec.Command("/bpfnet", slices.Concat([]string{"daemon", "--docker", "off"}, args)...)
 	o.daemon.Env = append(os.Environ(), "NOTIFY_SOCKET="+path)
 	o.daemon.Stdout, o.daemon.Stderr = log, log
 	if err := o.daemon.Start(); err != nil {
@@ -164,40 +173,39 @@ func (o *own) networks() error {
 // sandboxes have the addresses of the scene's containers.
 func (o *own) sandboxes() error {
 	port := fmt.Sprintf("%d:%d", ownPort, target)
-	for _, x := range []struct {
-		space         **space
-		name, network string
-		args          []string
-	}{
-		{&o.web, "web", "one", []string{"-p", port, "-p", port + "/udp"}},
-		{&o.db, "db", "one", nil},
-		{&o.far, "far", "two", nil},
-	} {
-		args := append([]string{"run", "-d", "--name", x.name, "--network", x.network}, x.args...)
-		if _, err := bpfnet(append(args, "/init", "serve", strconv.Itoa(target))...); err != nil {
-			return err
-		}
-		pids, err := sandboxPIDs()
-		if err != nil {
-			return err
-		}
-		ns, err := netns.GetFromPid(pids[x.name])
-		if err != nil {
-			return err
-		}
-		h, err := netlink.NewHandleAt(ns)
-		if err != nil {
-			return err
-		}
-		*x.space = &space{ns: ns, h: h}
-		// The server listens a moment later.
-		if err := eventually(func() error {
-			return (*x.space).exchange("tcp", at(families[0].loopback, target), small, families[0].loopback)
-		}); err != nil {
-			return fmt.Errorf("%s: %w", x.name, err)
-		}
+	var err, err2, err3 error
+	o.web, err = server("web", "one", "-p", port, "-p", port+"/udp")
+	o.db, err2 = server("db", "one")
+	o.far, err3 = server("far", "two")
+	return errors.Join(err, err2, err3)
+}
+
+// server runs a sandbox that serves.
+func server(name, network string, args ...string) (*space, error) {
+	args = slices.Concat([]string{"run", "-d", "--name", name, "--network", network}, args, []string{"/init", "serve", strconv.Itoa(target)})
+	if _, err := bpfnet(args...); err != nil {
+		return nil, err
 	}
-	return nil
+	pids, err := sandboxPIDs()
+	if err != nil {
+		return nil, err
+	}
+	ns, err := netns.GetFromPid(pids[name])
+	if err != nil {
+		return nil, err
+	}
+	h, err := netlink.NewHandleAt(ns)
+	if err != nil {
+		return nil, err
+	}
+	s := &space{ns: ns, h: h}
+	// The server listens a moment later.
+	if err := eventually(func() error {
+		return s.exchange("tcp", at(families[0].loopback, target), small, families[0].loopback)
+	}); err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return s, nil
 }
 
 // sandboxPIDs are the processes of the sandboxes that run, by name.
@@ -233,6 +241,103 @@ func (o *own) traffic() {
 			check(name+"refusal from a sandbox", o.db.refused(proto, at(f.a, closed)))
 		}
 	}
+}
+
+// linkedBy looks at the sandboxes' ends of their links.
+func linkedBy(kind string, spaces ...*space) error {
+	for _, s := range spaces {
+		l, err := s.h.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		if l.Type() != kind {
+			return fmt.Errorf("eth0 is a %s", l.Type())
+		}
+	}
+	return nil
+}
+
+// straight sends a lot between neighbours: no bridge and no other program may see it.
+func (o *own) straight() error {
+	return o.byFates([]way{
+		{hook: "container", fate: "container", least: 100, most: math.MaxUint64},
+		{hook: "container", fate: "bridge", most: 10}, // ARP is
+		{hook: "to_container", fate: "bridge", most: 10},
+		{hook: "to_container", fate: "stack", most: 10},
+	}, func(f family) error { return o.db.exchange("tcp", at(f.a, target), bulk, f.b) })
+}
+
+// forged has db send frames that hide a datagram under an address that is not its own. Their first one
+// says that it is untagged, with a tag; the other tells the kernel another protocol than it carries,
+// which a netkit believes.
+func (o *own) forged() error {
+	const port = 9999
+	f := families[0]
+	l, err := o.db.h.LinkByName("eth0")
+	if err != nil {
+		return err
+	}
+	var server net.PacketConn
+	if err := o.host.do(func() (err error) {
+		server, err = net.ListenPacket("udp", at(f.gatewayOne, port).String())
+		return err
+	}); err != nil {
+		return err
+	}
+	defer server.Close()
+	packet := datagram(netip.MustParseAddr("10.1.0.77"), f.gatewayOne, port)
+	ethernet := func(kind ...byte) []byte {
+		return slices.Concat([]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, l.Attrs().HardwareAddr, kind, packet)
+	}
+	err = o.db.do(func() error {
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		for _, x := range []struct {
+			frame    []byte
+			protocol uint16
+		}{
+			{ethernet(0x81, 0x00, 0, 0, 0x08, 0x00), unix.ETH_P_8021Q},
+			{ethernet(0x88, 0xb5), unix.ETH_P_IP}, // IEEE 802's for experiments
+		} {
+			to := &unix.SockaddrLinklayer{Protocol: bits.ReverseBytes16(x.protocol), Ifindex: l.Attrs().Index}
+			// A netkit tells the sender at once that it drops.
+			if err := unix.Sendto(fd, x.frame, 0, to); err != nil && !errors.Is(err, unix.ENOBUFS) {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if err := o.db.send(at(f.gatewayOne, port)); err != nil {
+		return err
+	}
+	if err := server.SetReadDeadline(time.Now().Add(patience)); err != nil {
+		return err
+	}
+	_, from, err := server.ReadFrom(make([]byte, 100))
+	if err == nil && !strings.HasPrefix(from.String(), f.b.String()+":") {
+		err = fmt.Errorf("the host got a datagram from %s", from)
+	}
+	return err
+}
+
+// datagram is an IPv4 packet with an empty one.
+func datagram(from, to netip.Addr, port uint16) []byte {
+	p := slices.Concat([]byte{0x45, 0, 0, 28, 0, 0, 0, 0, 64, unix.IPPROTO_UDP, 0, 0}, from.AsSlice(), to.AsSlice())
+	var sum uint32
+	for i := 0; i < len(p); i += 2 {
+		sum += uint32(binary.BigEndian.Uint16(p[i:]))
+	}
+	binary.BigEndian.PutUint16(p[10:], ^uint16(sum+sum>>16))
+	for _, field := range []uint16{port, port, 8, 0} {
+		p = binary.BigEndian.AppendUint16(p, field)
+	}
+	return p
 }
 
 func (o *own) isolated() error {
@@ -402,7 +507,7 @@ func (o *own) restart() error {
 	if err = errors.Join(err, c.echo(large), o.world.exchange("udp", at(f.host, ownPort), large, f.world)); err != nil {
 		return fmt.Errorf("without the daemon: %w", err)
 	}
-	if err := o.start(); err != nil {
+	if err := o.start("--link-type", "veth"); err != nil {
 		return err
 	}
 	if err := errors.Join(c.echo(large), o.world.exchange("tcp", at(f.host, ownPort), large, f.world)); err != nil {
@@ -415,6 +520,40 @@ func (o *own) restart() error {
 	_, err2 := bpfnet("rm", "brief")
 	return errors.Join(err, err2, o.allow(), o.held())
 }
+
+// beside has a sandbox that the daemon with --link-type veth has made talk with earlier ones.
+func (o *own) beside() error {
+	s, err := server("beside", "one")
+	if err != nil {
+		return err
+	}
+	errs := []error{linkedBy("veth", s)}
+	for _, proto := range protocols {
+		_, err := bpfnet("exec", "db", "/init", "ask", proto, fmt.Sprintf("beside:%d", target))
+		_, err2 := bpfnet("exec", "beside", "/init", "ask", proto, fmt.Sprintf("db:%d", target))
+		errs = append(errs, err, err2)
+	}
+	_, err = bpfnet("rm", "-f", "beside")
+	return errors.Join(append(errs, err)...)
+}
+
+// doctor must find nothing broken, and name just these features as missing, with what is done instead.
+func doctor(lacks []string) error {
+	out, err := bpfnet("doctor")
+	if err != nil {
+		return err
+	}
+	var have []string
+	for _, m := range missing.FindAllStringSubmatch(out, -1) {
+		have = append(have, m[1])
+	}
+	if !slices.Equal(have, lacks) {
+		return fmt.Errorf("doctor misses %q, and not %q: %s", have, lacks, out)
+	}
+	return nil
+}
+
+var missing = regexp.MustCompile(`(?m) no (\S.*) \(since Linux [0-9.]+\): \S`)
 
 func (o *own) remove() error {
 	_, err := bpfnet("rm", "-f", "web", "db", "far")

@@ -33,7 +33,8 @@ const (
 var protocols = []string{"tcp", "udp"}
 
 // run makes all checks. Its error is one that leaves nothing to check.
-func run(attach string) error {
+func run(p plan) error {
+	attach := p.Attach
 	s, err := build()
 	if err != nil {
 		return fmt.Errorf("build the scene: %w", err)
@@ -76,7 +77,7 @@ func run(attach string) error {
 	check("restart", s.restart(attach))
 	check("purge", s.purge())
 	check("cleanup", s.cleanup())
-	return s.own()
+	return s.own(p.Link, p.Lacks)
 }
 
 func at(a netip.Addr, port uint16) netip.AddrPort { return netip.AddrPortFrom(a, port) }
@@ -137,15 +138,22 @@ func (s *scene) dropped(from *space, to netip.AddrPort, reason string) error {
 
 // fast sends a lot both ways through a published port: next to nothing of it may go by the stack.
 func (s *scene) fast() error {
-	ways := []struct {
-		hook, fate  string
-		least, most uint64
-	}{
+	return s.byFates([]way{
 		{hook: "uplink", fate: "container", least: 100, most: math.MaxUint64},
 		{hook: "container", fate: "uplink", least: 100, most: math.MaxUint64},
 		{hook: "uplink", fate: "stack", most: 10}, // ARP is
 		{hook: "container", fate: "stack", most: 10},
-	}
+	}, func(f family) error { return s.world.exchange("tcp", at(f.host, published), bulk, f.world) })
+}
+
+// way is one that packets may go, and how many should.
+type way struct {
+	hook, fate  string
+	least, most uint64
+}
+
+// byFates has a lot sent, by each family, and counts which ways it goes.
+func (s *scene) byFates(ways []way, send func(family) error) error {
 	for _, f := range families {
 		var before []uint64
 		for _, w := range ways {
@@ -155,7 +163,7 @@ func (s *scene) fast() error {
 			}
 			before = append(before, n)
 		}
-		if err := s.world.exchange("tcp", at(f.host, published), bulk, f.world); err != nil {
+		if err := send(f); err != nil {
 			return err
 		}
 		for i, w := range ways {

@@ -19,7 +19,7 @@ import (
 )
 
 // patience bounds every exchange: seconds, as an emulated processor is slow.
-const patience = 10 * time.Second
+const patience = 30 * time.Second
 
 // serve answers on TCP and UDP, both families: a line with the client's address as it is seen
 // there, then what it sends.
