@@ -49,7 +49,7 @@ func Features(cgroup string) []Feature {
 		Feature{Name: "tcx", Since: "6.6", Err: probeTCX(), Without: "programs are attached as clsact filters"},
 		Feature{
 			Name: "route lookup that tells the source address", Since: "6.7", Err: probeHelper(fibLookup),
-			Without: "masquerading uses the uplink's first address, also where a route names another (src)",
+			Without: "masquerading uses one address of the uplink, also where a route names another (src)",
 		},
 		Feature{
 			Name: "BPF_F_IPV6 in checksum updates", Since: "6.16", Err: probeHelper(csumReplace6),

@@ -217,6 +217,7 @@ func TestUsageErrors(t *testing.T) {
 		"daemon --flows many":               `bpfnet: daemon: invalid argument "many" for "--flows" flag: strconv.ParseInt: parsing "many": invalid syntax; see "bpfnet daemon --help"`,
 		"daemon --endpoint-flows -1":        `bpfnet: daemon: --endpoint-flows -1: want a positive number; see "bpfnet daemon --help"`,
 		"daemon --flows -1":                 `bpfnet: daemon: --flows -1: want a positive number; see "bpfnet daemon --help"`,
+		"daemon --link-type tap":            `bpfnet: daemon: --link-type "tap": want auto, veth or netkit; see "bpfnet daemon --help"`,
 		"daemon --attach xdp":               `bpfnet: daemon: --attach "xdp": want tcx or clsact; see "bpfnet daemon --help"`,
 		"daemon --relay some":               `bpfnet: daemon: --relay "some": want own, all or none; see "bpfnet daemon --help"`,
 		"daemon --relay=":                   `bpfnet: daemon: --relay "": want own, all or none; see "bpfnet daemon --help"`,
@@ -280,7 +281,7 @@ func TestDaemonConfig(t *testing.T) {
 	assert.Empty(t, w.errs.String())
 	got.Logger, got.Banner = nil, nil
 	assert.Equal(t, daemon.Config{
-		Paths: paths, Docker: "off", Uplinks: []string{"eth0", "wg0"}, Attach: "clsact", Flows: 1000,
+		Paths: paths, Docker: "off", Uplinks: []string{"eth0", "wg0"}, Attach: "clsact", LinkType: "auto", Flows: 1000,
 		Timeouts:        map[string]time.Duration{"udp": 5 * time.Minute, "tcp-syn": 10 * time.Second},
 		IPForwardNoDrop: true, DefaultBridgeNoMasquerade: true, DefaultBridgeNoICC: true, Relay: daemon.RelayAll, Version: "1.2.3",
 		MetricsListen: netip.MustParseAddrPort("127.0.0.1:9633"), MetricsLimit: 5,
