@@ -115,6 +115,9 @@ func isAttached(k link.Link) (bool, error) {
 	if tcx := info.TCX(); tcx != nil {
 		return tcx.Ifindex != 0, nil
 	}
+	if netkit := info.Netkit(); netkit != nil {
+		return netkit.Ifindex != 0, nil
+	}
 	if cgroup := info.Cgroup(); cgroup != nil {
 		return cgroup.CgroupId != 0, nil
 	}
