@@ -101,8 +101,8 @@ func TestOlderKernels(t *testing.T) {
 		programs = append(programs, build(t, r.Binary, "test", "-c", "../../"+strings.TrimSuffix(r.Binary, ".test")))
 	}
 
-	const csum6 = "BPF_F_IPV6 in checksum updates"
-	lacks61, lacks612 := []string{"tcx", "route lookup that tells the source address", csum6, "netkit"}, []string{csum6}
+	// Debian's have later flags of helpers in older versions: another reason to try.
+	lacks61, lacks612 := []string{"tcx", "netkit"}, []string(nil)
 	var checked [2]int // on each of them
 	t.Cleanup(func() {
 		if *update || slices.Contains(checked[:], 0) {
