@@ -7,7 +7,7 @@
  * does and whatever devices its network has: an address may be used only in the namespace of a READY
  * endpoint that has it. Packet sockets (AF_PACKET) do not come by here.
  */
-#include "maps.h"
+#include "event.h"
 
 #include <linux/if_ether.h>
 #include <linux/if_packet.h>
@@ -38,7 +38,7 @@ struct strict_mark {
 MAP(BPF_MAP_TYPE_SK_STORAGE, strict_marks, int, struct strict_mark, 0,
     BPF_F_NO_PREALLOC | BPF_F_CLONE);
 
-static __always_inline int refuse(struct __sk_buff *skb)
+static __noinline int refuse(struct __sk_buff *skb)
 {
 	__u32 key = REASON_NOT_READY * HOOK_COUNT + HOOK_STRICT;
 	struct count *c = bpf_map_lookup_elem(&drops, &key);
@@ -47,6 +47,7 @@ static __always_inline int refuse(struct __sk_buff *skb)
 		c->packets++;
 		c->bytes += skb->len;
 	}
+	tell_drop(skb, HOOK_STRICT, REASON_NOT_READY);
 	return DROP;
 }
 

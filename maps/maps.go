@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 
@@ -29,7 +30,8 @@ var ErrNotLoaded = errors.New("nothing is loaded")
 
 // Maps are the pinned maps of one instance.
 type Maps struct {
-	m map[string]*ebpf.Map
+	m   map[string]*ebpf.Map
+	dir string // of the pins; empty where a loader has opened them
 }
 
 // Open opens the pinned maps below the instance's pin directory; ErrNotLoaded where there are none.
@@ -42,7 +44,7 @@ func Open(bpffs string) (*Maps, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open maps: %w", err)
 	}
-	out := &Maps{m: make(map[string]*ebpf.Map)}
+	out := &Maps{m: make(map[string]*ebpf.Map), dir: dir}
 	for _, e := range entries {
 		m, err := ebpf.LoadPinnedMap(filepath.Join(dir, e.Name()), nil)
 		if err != nil {
@@ -117,6 +119,12 @@ var (
 
 // Reasons are the names of the drop reasons by number.
 func Reasons() []string { return reasonNames() }
+
+// ReasonNames are the names that a packet can be dropped under.
+func ReasonNames() []string {
+	names := reasonNames()
+	return slices.Clone(names[1 : len(names)-1]) // REASON_NONE, REASON_COUNT
+}
 
 // Drop is the counter of one reason at one hook.
 type Drop struct {

@@ -2,6 +2,7 @@
 /* Counters: every packet that a program judges ends in exactly one of drop() and count_fate(). */
 #pragma once
 
+#include "event.h"
 #include "packet.h"
 
 /* Seconds in units of 2^30 ns (1.07 s): a shift is cheaper than a division. */
@@ -23,6 +24,7 @@ __noinline int drop(struct __sk_buff *skb, enum hook hook, enum reason reason)
 
 	if (c)
 		count_add(c, skb->len);
+	tell_drop(skb, hook, reason);
 	return TC_ACT_SHOT;
 }
 

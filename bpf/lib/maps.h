@@ -57,6 +57,21 @@ MAP(BPF_MAP_TYPE_PERCPU_ARRAY, port_stats, __u32, struct port_count, MAX_PORTS, 
 /* Masquerade ports found at the n-th try; the last counts exhaustion. */
 MAP(BPF_MAP_TYPE_PERCPU_ARRAY, snat_stats, __u32, __u64, SNAT_TRIES + 1, 0);
 
+/* Whom drops are told, written by the listeners themselves, and each one's ring. */
+MAP(BPF_MAP_TYPE_ARRAY, listeners, __u32, struct listeners, 1, 0);
+MAP(BPF_MAP_TYPE_PERCPU_ARRAY, event_buckets, __u32, struct event_bucket, REASON_COUNT, 0);
+struct event_ring {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, EVENT_RING_BYTES);
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, MAX_LISTENERS);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+	__type(key, __u32);
+	__array(values, struct event_ring);
+} event_rings SEC(".maps");
+
 /*
  * Index of a port into the arrays of struct port_class. Verifiers before Linux 6.5 do not know that a
  * swapped half-word is one, and the compiler knows too well.

@@ -16,6 +16,10 @@
 #define MAX_NETWORKS 1024
 #define MAX_PORTS 16384
 #define SNAT_TRIES 32
+#define MAX_LISTENERS 4
+#define EVENT_RATE 100 /* drops told a second, by reason and CPU */
+#define EVENT_HEAD 128 /* bytes of a packet that are told */
+#define EVENT_RING_BYTES (256 * 1024)
 
 /* An address of either family; IPv4 as ::ffff:a.b.c.d. Network byte order. */
 struct addr {
@@ -373,6 +377,30 @@ struct count {
 	__u64 bytes;
 };
 
+/* Until when each listener's place is taken: ns, CLOCK_MONOTONIC; 0: it is free. */
+struct listeners {
+	__u64 until[MAX_LISTENERS];
+};
+
+/* What of one reason is told: by CPU. */
+struct event_bucket {
+	__u64 next; /* ns, CLOCK_MONOTONIC: when the next token is due */
+	__u64 suppressed; /* drops without a token */
+	__u64 lost; /* a listener's ring was full */
+};
+
+/* A dropped packet. */
+struct event {
+	__u64 time; /* ns, CLOCK_MONOTONIC */
+	__u32 len; /* bytes, of the whole packet */
+	__u32 ifindex; /* the device at whose hook it was */
+	__u16 captured; /* bytes of head that count */
+	__u8 reason;
+	enum hook hook;
+	__u8 pad[4];
+	__u8 head[EVENT_HEAD]; /* from the link layer, or the network layer where there is none */
+};
+
 struct endpoint_count {
 	struct count rx; /* into the container */
 	struct count tx; /* out of it, forwarded or left to the stack */
@@ -442,4 +470,5 @@ ASSERT_SIZE(flow6, 104 + FLOW_PAD);
 ASSERT_SIZE(syn4, 72 + FLOW_PAD);
 ASSERT_SIZE(syn6, 112 + FLOW_PAD);
 ASSERT_SIZE(frag_key, 44);
+ASSERT_SIZE(event, 24 + EVENT_HEAD);
 ASSERT_SIZE(sock_peer_key, 32);

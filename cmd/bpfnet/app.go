@@ -45,6 +45,7 @@ type App struct {
 	Alive          func(pid int, startTime uint64) bool
 	HasLink        func(ifindex int) bool
 	OpenCounters   func(bpffs string) (counters, error)
+	OpenEvents     func(bpffs string) (events, error)
 	RemovePrograms func(loader.Paths) error
 	RestoreSysctls func([]store.Change) error
 	RemoveOwn      func(st *store.Store, dir, cgroup string, force bool) error
@@ -96,6 +97,7 @@ func newApp() *App {
 			}
 			return m, nil
 		},
+		OpenEvents:     openEvents,
 		RemovePrograms: func(p loader.Paths) error { return loader.Cleanup(p, netdev.Clsact{}) },
 		RemoveOwn:      removeOwn,
 		RestoreSysctls: func(changes []store.Change) error {
@@ -223,6 +225,7 @@ work with the daemon down too.`,
 		a.configCommand(),
 		a.statusCommand(),
 		a.statsCommand(),
+		a.dropsCommand(),
 		a.doctorCommand(),
 		a.networkCommand(),
 		a.endpointCommand(),

@@ -38,15 +38,21 @@ func (a *App) openForReading() (*api.Snapshot, counters, error) {
 		return nil, nil, err
 	}
 	c, err := a.OpenCounters(a.paths.BPFFS)
-	switch {
-	case errors.Is(err, maps.ErrNotLoaded):
-		return nil, nil, fmt.Errorf("%w; start the daemon with \"bpfnet daemon\", or name its pins with --bpffs", err)
-	case errors.Is(err, fs.ErrPermission):
-		return nil, nil, fmt.Errorf("%w; run this as root", err)
-	case err != nil:
-		return nil, nil, err
+	if err != nil {
+		return nil, nil, cannotRead(err)
 	}
 	return snap, c, nil
+}
+
+// cannotRead says how pinned maps that cannot be opened can be.
+func cannotRead(err error) error {
+	switch {
+	case errors.Is(err, maps.ErrNotLoaded):
+		return fmt.Errorf("%w; start the daemon with \"bpfnet daemon\", or name its pins with --bpffs", err)
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("%w; run this as root", err)
+	}
+	return err
 }
 
 // Volume is an amount of traffic.

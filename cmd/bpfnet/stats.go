@@ -235,11 +235,7 @@ func (a *App) printStats(s *Stats) error {
 		rows = append(rows, []string{"dropped", strconv.FormatUint(d.Packets, 10), humanBytes(d.Bytes)})
 		block([]string{"PATH", "PACKETS", "BYTES"}, rows)
 	}
-	rows = nil
-	for _, d := range s.Drops {
-		rows = append(rows, []string{d.Reason, d.Hook, strconv.FormatUint(d.Packets, 10), humanBytes(d.Bytes)})
-	}
-	block([]string{"DROP REASON", "HOOK", "PACKETS", "BYTES"}, rows)
+	block(dropHeader, dropRows(s.Drops))
 	rows = nil
 	for _, n := range s.Networks {
 		rows = append(rows, []string{
