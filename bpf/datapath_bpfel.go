@@ -96,6 +96,25 @@ type DatapathEndpointFlows struct {
 	Off     int64
 }
 
+type DatapathEvent struct {
+	_        structs.HostLayout
+	Time     uint64
+	Len      uint32
+	Ifindex  uint32
+	Captured uint16
+	Reason   uint8
+	Hook     DatapathHook
+	Pad      [4]uint8
+	Head     [128]uint8
+}
+
+type DatapathEventBucket struct {
+	_          structs.HostLayout
+	Next       uint64
+	Suppressed uint64
+	Lost       uint64
+}
+
 type DatapathExpireArgs struct {
 	_       structs.HostLayout
 	Live    [2]uint32
@@ -258,6 +277,11 @@ const (
 type DatapathHostAddr struct {
 	_       structs.HostLayout
 	Ifindex uint32
+}
+
+type DatapathListeners struct {
+	_     structs.HostLayout
+	Until [4]uint64
 }
 
 type DatapathMasqueradeAddr struct {
@@ -577,6 +601,8 @@ const (
 	DatapathMapEndpointSlots   = "endpoint_slots"
 	DatapathMapEndpointStats   = "endpoint_stats"
 	DatapathMapEndpoints       = "endpoints"
+	DatapathMapEventBuckets    = "event_buckets"
+	DatapathMapEventRings      = "event_rings"
 	DatapathMapFates           = "fates"
 	DatapathMapFlowGauge       = "flow_gauge"
 	DatapathMapFlows4          = "flows4"
@@ -585,6 +611,7 @@ const (
 	DatapathMapGc              = "gc"
 	DatapathMapHostAddrs       = "host_addrs"
 	DatapathMapLinks           = "links"
+	DatapathMapListeners       = "listeners"
 	DatapathMapMasqueradeAddrs = "masquerade_addrs"
 	DatapathMapNetworkSlots    = "network_slots"
 	DatapathMapOpenPorts       = "open_ports"
@@ -680,6 +707,8 @@ type DatapathMapSpecs struct {
 	EndpointSlots   *ebpf.MapSpec `ebpf:"endpoint_slots"`
 	EndpointStats   *ebpf.MapSpec `ebpf:"endpoint_stats"`
 	Endpoints       *ebpf.MapSpec `ebpf:"endpoints"`
+	EventBuckets    *ebpf.MapSpec `ebpf:"event_buckets"`
+	EventRings      *ebpf.MapSpec `ebpf:"event_rings"`
 	Fates           *ebpf.MapSpec `ebpf:"fates"`
 	FlowGauge       *ebpf.MapSpec `ebpf:"flow_gauge"`
 	Flows4          *ebpf.MapSpec `ebpf:"flows4"`
@@ -688,6 +717,7 @@ type DatapathMapSpecs struct {
 	Gc              *ebpf.MapSpec `ebpf:"gc"`
 	HostAddrs       *ebpf.MapSpec `ebpf:"host_addrs"`
 	Links           *ebpf.MapSpec `ebpf:"links"`
+	Listeners       *ebpf.MapSpec `ebpf:"listeners"`
 	MasqueradeAddrs *ebpf.MapSpec `ebpf:"masquerade_addrs"`
 	NetworkSlots    *ebpf.MapSpec `ebpf:"network_slots"`
 	OpenPorts       *ebpf.MapSpec `ebpf:"open_ports"`
@@ -739,6 +769,8 @@ type DatapathMaps struct {
 	EndpointSlots   *ebpf.Map `ebpf:"endpoint_slots"`
 	EndpointStats   *ebpf.Map `ebpf:"endpoint_stats"`
 	Endpoints       *ebpf.Map `ebpf:"endpoints"`
+	EventBuckets    *ebpf.Map `ebpf:"event_buckets"`
+	EventRings      *ebpf.Map `ebpf:"event_rings"`
 	Fates           *ebpf.Map `ebpf:"fates"`
 	FlowGauge       *ebpf.Map `ebpf:"flow_gauge"`
 	Flows4          *ebpf.Map `ebpf:"flows4"`
@@ -747,6 +779,7 @@ type DatapathMaps struct {
 	Gc              *ebpf.Map `ebpf:"gc"`
 	HostAddrs       *ebpf.Map `ebpf:"host_addrs"`
 	Links           *ebpf.Map `ebpf:"links"`
+	Listeners       *ebpf.Map `ebpf:"listeners"`
 	MasqueradeAddrs *ebpf.Map `ebpf:"masquerade_addrs"`
 	NetworkSlots    *ebpf.Map `ebpf:"network_slots"`
 	OpenPorts       *ebpf.Map `ebpf:"open_ports"`
@@ -774,6 +807,8 @@ func (m *DatapathMaps) Close() error {
 		m.EndpointSlots,
 		m.EndpointStats,
 		m.Endpoints,
+		m.EventBuckets,
+		m.EventRings,
 		m.Fates,
 		m.FlowGauge,
 		m.Flows4,
@@ -782,6 +817,7 @@ func (m *DatapathMaps) Close() error {
 		m.Gc,
 		m.HostAddrs,
 		m.Links,
+		m.Listeners,
 		m.MasqueradeAddrs,
 		m.NetworkSlots,
 		m.OpenPorts,

@@ -82,6 +82,13 @@ type SockEndpointFlows struct {
 	Off     int64
 }
 
+type SockEventBucket struct {
+	_          structs.HostLayout
+	Next       uint64
+	Suppressed uint64
+	Lost       uint64
+}
+
 type SockFlow4 struct {
 	_ structs.HostLayout
 	F struct {
@@ -181,6 +188,11 @@ type SockFragKey struct {
 type SockHostAddr struct {
 	_       structs.HostLayout
 	Ifindex uint32
+}
+
+type SockListeners struct {
+	_     structs.HostLayout
+	Until [4]uint64
 }
 
 type SockMasqueradeAddr struct {
@@ -340,6 +352,8 @@ const (
 	SockMapEndpointSlots     = "endpoint_slots"
 	SockMapEndpointStats     = "endpoint_stats"
 	SockMapEndpoints         = "endpoints"
+	SockMapEventBuckets      = "event_buckets"
+	SockMapEventRings        = "event_rings"
 	SockMapFates             = "fates"
 	SockMapFlowGauge         = "flow_gauge"
 	SockMapFlows4            = "flows4"
@@ -347,6 +361,7 @@ const (
 	SockMapFrags             = "frags"
 	SockMapHostAddrs         = "host_addrs"
 	SockMapLinks             = "links"
+	SockMapListeners         = "listeners"
 	SockMapMasqueradeAddrs   = "masquerade_addrs"
 	SockMapNetworkSlots      = "network_slots"
 	SockMapOpenPorts         = "open_ports"
@@ -442,6 +457,8 @@ type SockMapSpecs struct {
 	EndpointSlots   *ebpf.MapSpec `ebpf:"endpoint_slots"`
 	EndpointStats   *ebpf.MapSpec `ebpf:"endpoint_stats"`
 	Endpoints       *ebpf.MapSpec `ebpf:"endpoints"`
+	EventBuckets    *ebpf.MapSpec `ebpf:"event_buckets"`
+	EventRings      *ebpf.MapSpec `ebpf:"event_rings"`
 	Fates           *ebpf.MapSpec `ebpf:"fates"`
 	FlowGauge       *ebpf.MapSpec `ebpf:"flow_gauge"`
 	Flows4          *ebpf.MapSpec `ebpf:"flows4"`
@@ -449,6 +466,7 @@ type SockMapSpecs struct {
 	Frags           *ebpf.MapSpec `ebpf:"frags"`
 	HostAddrs       *ebpf.MapSpec `ebpf:"host_addrs"`
 	Links           *ebpf.MapSpec `ebpf:"links"`
+	Listeners       *ebpf.MapSpec `ebpf:"listeners"`
 	MasqueradeAddrs *ebpf.MapSpec `ebpf:"masquerade_addrs"`
 	NetworkSlots    *ebpf.MapSpec `ebpf:"network_slots"`
 	OpenPorts       *ebpf.MapSpec `ebpf:"open_ports"`
@@ -500,6 +518,8 @@ type SockMaps struct {
 	EndpointSlots   *ebpf.Map `ebpf:"endpoint_slots"`
 	EndpointStats   *ebpf.Map `ebpf:"endpoint_stats"`
 	Endpoints       *ebpf.Map `ebpf:"endpoints"`
+	EventBuckets    *ebpf.Map `ebpf:"event_buckets"`
+	EventRings      *ebpf.Map `ebpf:"event_rings"`
 	Fates           *ebpf.Map `ebpf:"fates"`
 	FlowGauge       *ebpf.Map `ebpf:"flow_gauge"`
 	Flows4          *ebpf.Map `ebpf:"flows4"`
@@ -507,6 +527,7 @@ type SockMaps struct {
 	Frags           *ebpf.Map `ebpf:"frags"`
 	HostAddrs       *ebpf.Map `ebpf:"host_addrs"`
 	Links           *ebpf.Map `ebpf:"links"`
+	Listeners       *ebpf.Map `ebpf:"listeners"`
 	MasqueradeAddrs *ebpf.Map `ebpf:"masquerade_addrs"`
 	NetworkSlots    *ebpf.Map `ebpf:"network_slots"`
 	OpenPorts       *ebpf.Map `ebpf:"open_ports"`
@@ -534,6 +555,8 @@ func (m *SockMaps) Close() error {
 		m.EndpointSlots,
 		m.EndpointStats,
 		m.Endpoints,
+		m.EventBuckets,
+		m.EventRings,
 		m.Fates,
 		m.FlowGauge,
 		m.Flows4,
@@ -541,6 +564,7 @@ func (m *SockMaps) Close() error {
 		m.Frags,
 		m.HostAddrs,
 		m.Links,
+		m.Listeners,
 		m.MasqueradeAddrs,
 		m.NetworkSlots,
 		m.OpenPorts,

@@ -82,6 +82,13 @@ type StrictEndpointFlows struct {
 	Off     int64
 }
 
+type StrictEventBucket struct {
+	_          structs.HostLayout
+	Next       uint64
+	Suppressed uint64
+	Lost       uint64
+}
+
 type StrictFlow4 struct {
 	_ structs.HostLayout
 	F struct {
@@ -181,6 +188,11 @@ type StrictFragKey struct {
 type StrictHostAddr struct {
 	_       structs.HostLayout
 	Ifindex uint32
+}
+
+type StrictListeners struct {
+	_     structs.HostLayout
+	Until [4]uint64
 }
 
 type StrictMasqueradeAddr struct {
@@ -345,6 +357,8 @@ const (
 	StrictMapEndpointSlots     = "endpoint_slots"
 	StrictMapEndpointStats     = "endpoint_stats"
 	StrictMapEndpoints         = "endpoints"
+	StrictMapEventBuckets      = "event_buckets"
+	StrictMapEventRings        = "event_rings"
 	StrictMapFates             = "fates"
 	StrictMapFlowGauge         = "flow_gauge"
 	StrictMapFlows4            = "flows4"
@@ -352,6 +366,7 @@ const (
 	StrictMapFrags             = "frags"
 	StrictMapHostAddrs         = "host_addrs"
 	StrictMapLinks             = "links"
+	StrictMapListeners         = "listeners"
 	StrictMapMasqueradeAddrs   = "masquerade_addrs"
 	StrictMapNetworkSlots      = "network_slots"
 	StrictMapOpenPorts         = "open_ports"
@@ -432,6 +447,8 @@ type StrictMapSpecs struct {
 	EndpointSlots   *ebpf.MapSpec `ebpf:"endpoint_slots"`
 	EndpointStats   *ebpf.MapSpec `ebpf:"endpoint_stats"`
 	Endpoints       *ebpf.MapSpec `ebpf:"endpoints"`
+	EventBuckets    *ebpf.MapSpec `ebpf:"event_buckets"`
+	EventRings      *ebpf.MapSpec `ebpf:"event_rings"`
 	Fates           *ebpf.MapSpec `ebpf:"fates"`
 	FlowGauge       *ebpf.MapSpec `ebpf:"flow_gauge"`
 	Flows4          *ebpf.MapSpec `ebpf:"flows4"`
@@ -439,6 +456,7 @@ type StrictMapSpecs struct {
 	Frags           *ebpf.MapSpec `ebpf:"frags"`
 	HostAddrs       *ebpf.MapSpec `ebpf:"host_addrs"`
 	Links           *ebpf.MapSpec `ebpf:"links"`
+	Listeners       *ebpf.MapSpec `ebpf:"listeners"`
 	MasqueradeAddrs *ebpf.MapSpec `ebpf:"masquerade_addrs"`
 	NetworkSlots    *ebpf.MapSpec `ebpf:"network_slots"`
 	OpenPorts       *ebpf.MapSpec `ebpf:"open_ports"`
@@ -491,6 +509,8 @@ type StrictMaps struct {
 	EndpointSlots   *ebpf.Map `ebpf:"endpoint_slots"`
 	EndpointStats   *ebpf.Map `ebpf:"endpoint_stats"`
 	Endpoints       *ebpf.Map `ebpf:"endpoints"`
+	EventBuckets    *ebpf.Map `ebpf:"event_buckets"`
+	EventRings      *ebpf.Map `ebpf:"event_rings"`
 	Fates           *ebpf.Map `ebpf:"fates"`
 	FlowGauge       *ebpf.Map `ebpf:"flow_gauge"`
 	Flows4          *ebpf.Map `ebpf:"flows4"`
@@ -498,6 +518,7 @@ type StrictMaps struct {
 	Frags           *ebpf.Map `ebpf:"frags"`
 	HostAddrs       *ebpf.Map `ebpf:"host_addrs"`
 	Links           *ebpf.Map `ebpf:"links"`
+	Listeners       *ebpf.Map `ebpf:"listeners"`
 	MasqueradeAddrs *ebpf.Map `ebpf:"masquerade_addrs"`
 	NetworkSlots    *ebpf.Map `ebpf:"network_slots"`
 	OpenPorts       *ebpf.Map `ebpf:"open_ports"`
@@ -526,6 +547,8 @@ func (m *StrictMaps) Close() error {
 		m.EndpointSlots,
 		m.EndpointStats,
 		m.Endpoints,
+		m.EventBuckets,
+		m.EventRings,
 		m.Fates,
 		m.FlowGauge,
 		m.Flows4,
@@ -533,6 +556,7 @@ func (m *StrictMaps) Close() error {
 		m.Frags,
 		m.HostAddrs,
 		m.Links,
+		m.Listeners,
 		m.MasqueradeAddrs,
 		m.NetworkSlots,
 		m.OpenPorts,
