@@ -68,8 +68,12 @@ func (n *networks) Disallow(_ context.Context, p Pair) (bool, error) { return n.
 // serve runs a server until the test ends and returns its socket.
 func serve(t *testing.T, h Handler) string {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "run", "bpfnet.sock")
-	l, err := Listen(path)
+	return serveAt(t, h, filepath.Join(t.TempDir(), "run", "bpfnet.sock"), "")
+}
+
+func serveAt(t *testing.T, h Handler, path, group string) string {
+	t.Helper()
+	l, err := Listen(path, group)
 	require.NoError(t, err)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error)
@@ -155,22 +159,22 @@ func leaveStale(t *testing.T, path string) {
 func TestListen(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	leaveStale(t, path)
-	l, err := Listen(path)
+	l, err := Listen(path, "")
 	require.NoError(t, err, "a stale socket is replaced")
 
-	_, err = Listen(path)
+	_, err = Listen(path, "")
 	require.ErrorIs(t, err, ErrInUse)
 	require.NoError(t, l.Close())
 	assert.NoFileExists(t, path)
 
 	require.NoError(t, os.WriteFile(path, []byte("mine"), 0o600))
-	_, err = Listen(path)
+	_, err = Listen(path, "")
 	require.ErrorContains(t, err, "no socket")
 	raw, err := os.ReadFile(path)
 	require.NoError(t, err)
 	assert.Equal(t, "mine", string(raw))
 
-	_, err = Listen(filepath.Join(t.TempDir(), strings.Repeat("x", 120)))
+	_, err = Listen(filepath.Join(t.TempDir(), strings.Repeat("x", 120)), "")
 	require.ErrorContains(t, err, "too long")
 }
 

@@ -11,11 +11,11 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/user"
 	"path/filepath"
+	"strconv"
 	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // Handler does what clients ask for. Its methods are called concurrently.
@@ -46,13 +46,20 @@ const (
 	maxBody = 4 << 20
 	// requestTimeout: a verb waits for one round of reconciliation at most.
 	requestTimeout = 30 * time.Second
+	// headerTimeout: a client says at once what it wants.
+	headerTimeout = 5 * time.Second
 	// shutdownTimeout is how long the end waits for requests under way.
 	shutdownTimeout = 2 * time.Second
 )
 
 // Listen makes the socket, and its directory where that is missing. A socket that nobody listens on
-// any more is replaced; it fails with ErrInUse where somebody does. Close removes the socket.
-func Listen(path string) (net.Listener, error) {
+// any more is replaced; it fails with ErrInUse where somebody does. Close removes the socket. Its group, a name or a
+// number, may ask beside root; empty: the process's own.
+func Listen(path, group string) (net.Listener, error) {
+	gid, err := groupID(group)
+	if err != nil {
+		return nil, err
+	}
 	if len(path) > maxSocketPath {
 		return nil, fmt.Errorf("socket %s: %d bytes are too long for a socket's path; %d are the most", path, len(path), maxSocketPath)
 	}
@@ -66,11 +73,26 @@ func Listen(path string) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("socket %s: %w", path, bare(err))
 	}
-	if err := os.Chmod(path, socketMode); err != nil {
+	if err := errors.Join(os.Chown(path, -1, gid), os.Chmod(path, socketMode)); err != nil {
 		l.Close()
 		return nil, fmt.Errorf("socket: %w", err)
 	}
 	return l, nil
+}
+
+// groupID is the number of a group; -1: none is named.
+func groupID(group string) (int, error) {
+	if group == "" {
+		return -1, nil
+	}
+	if n, err := strconv.ParseUint(group, 10, 31); err == nil {
+		return int(n), nil
+	}
+	g, err := user.LookupGroup(group)
+	if err != nil {
+		return 0, fmt.Errorf("group of the socket: %w", err)
+	}
+	return strconv.Atoi(g.Gid)
 }
 
 // removeStale removes a socket that its owner left behind.
@@ -120,12 +142,18 @@ func NewServer(h Handler) *Server { return &Server{h: h} }
 
 // Run serves until ctx ends, lets requests under way finish, and returns nil. It closes l.
 func (s *Server) Run(ctx context.Context, l net.Listener) error {
+	handler, err := guard(s.routes(), l)
+	if err != nil {
+		l.Close()
+		return fmt.Errorf("serve the api: %w", err)
+	}
 	srv := &http.Server{
-		Handler:           s.routes(),
-		ReadHeaderTimeout: requestTimeout,
+		Handler:           handler,
+		ReadHeaderTimeout: headerTimeout,
 		ReadTimeout:       requestTimeout,
 		MaxHeaderBytes:    maxHeader,
 		ConnContext:       withPeer,
+		ConnState:         limit(maxConnections),
 	}
 	if err := Serve(ctx, srv, l); err != nil {
 		return fmt.Errorf("serve the api: %w", err)
@@ -212,38 +240,6 @@ func post[Q, A any](mux *http.ServeMux, path string, do func(context.Context, Q)
 		a, err := do(ctx, q)
 		answer(w, a, err)
 	})
-}
-
-type peerKey struct{}
-
-// withPeer notes who has connected.
-func withPeer(ctx context.Context, c net.Conn) context.Context {
-	u, ok := c.(*net.UnixConn)
-	if !ok {
-		return ctx
-	}
-	raw, err := u.SyscallConn()
-	if err != nil {
-		return ctx
-	}
-	_ = raw.Control(func(fd uintptr) {
-		if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
-			ctx = WithPeerPID(ctx, int(cred.Pid))
-		}
-	})
-	return ctx
-}
-
-// WithPeerPID is for callers of a Handler that are no connection: tests.
-func WithPeerPID(ctx context.Context, pid int) context.Context {
-	return context.WithValue(ctx, peerKey{}, pid)
-}
-
-// PeerPID is the ID of the process that made the request, as the kernel knows it when it connected;
-// 0 if that is unknown.
-func PeerPID(ctx context.Context) int {
-	pid, _ := ctx.Value(peerKey{}).(int)
-	return pid
 }
 
 func readBody(w http.ResponseWriter, r *http.Request, into any) error {

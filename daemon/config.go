@@ -72,6 +72,9 @@ type Config struct {
 	// Relay says whose containers with IPv4 only the relay publishes on IPv6 addresses. Optional: RelayOwn.
 	Relay string
 
+	// SocketGroup may ask beside root, by name or number. Optional: root's.
+	SocketGroup string
+
 	// MetricsListen is where metrics are served besides the socket. Optional: nowhere.
 	MetricsListen netip.AddrPort
 	// MetricsLimit is how many containers, and how many ports, have metrics of their own. 0: metrics.DefaultLimit.

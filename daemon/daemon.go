@@ -186,7 +186,7 @@ func open(cfg Config) (_ *Daemon, err error) {
 		return nil, err
 	}
 	// Before the maps are touched: another daemon may serve them, with a state of its own.
-	if d.listener, err = api.Listen(cfg.Socket); err != nil {
+	if d.listener, err = api.Listen(cfg.Socket, cfg.SocketGroup); err != nil {
 		return nil, err
 	}
 	if err := d.remember(); err != nil {

@@ -360,7 +360,7 @@ func (h *handler) Disallow(_ context.Context, p api.Pair) (bool, error) { return
 // serve has a daemon listen until the returned function is called.
 func (w *world) serve(h api.Handler) (stop func()) {
 	w.t.Helper()
-	l, err := api.Listen(w.socket())
+	l, err := api.Listen(w.socket(), "")
 	require.NoError(w.t, err)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error)

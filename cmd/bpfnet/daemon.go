@@ -123,6 +123,7 @@ Each flag can also be set in the configuration file and in the environment: see
 	flags.BoolVar(&f.strict, "strict", false, "let the Engine's containers send and receive only by the addresses of READY endpoints, from their first instruction on")
 	flags.StringVar(&f.cfg.StrictCgroup, "strict-cgroup", "", "cgroup2 `directory` that the Engine's containers run below (default: docker, below --cgroup); implies --strict")
 	flags.StringVar(&f.cfg.Relay, "relay", daemon.RelayOwn, "`whose` containers with IPv4 only the relay process publishes on IPv6 addresses: own (bpfnet's own), all (the Engine's too, where its userland proxy is off) or none")
+	flags.StringVar(&f.cfg.SocketGroup, "socket-group", "", "`group`, by name or number, that may ask the daemon by its socket, beside root (default: root's)")
 	flags.StringVar(&f.listen, "metrics-listen", "", "`address` ADDR:PORT to serve metrics for Prometheus at, besides the daemon's socket")
 	flags.IntVar(&f.cfg.MetricsLimit, "metrics-limit", metrics.DefaultLimit, "`number` of containers, and of published ports, that have metrics of their own; the others are summed")
 	flags.StringVar(&f.logLevel, "log-level", "info", "`level` of the log on standard error: debug, info, warn or error")
