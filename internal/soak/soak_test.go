@@ -87,9 +87,10 @@ func TestSoak(t *testing.T) {
 	s.Client2.Serve(t, "--tcp", "7000", "--udp", "7000")
 	streams := s.stream(t)
 	// As at the end: a daemon that took up what another left.
+	s.settle(t, nil)
+	s.kept(t)
 	s.b.Kill()
 	s.b.Start(t)
-	s.settle(t, nil)
 	s.res.Before = s.look(t)
 
 	begin := time.Now()
@@ -118,6 +119,7 @@ func TestSoak(t *testing.T) {
 	s.b.Kill()
 	s.b.Use(versions[0])
 	s.b.Start(t)
+	s.kept(t)
 	s.b.Kill()
 	s.b.Start(t)
 	s.settle(t, &s.res.Before)
@@ -183,14 +185,13 @@ func (s *soak) comeAndGo(t *testing.T, i int) {
 	s.res.Requests += 2
 }
 
-// settle waits until no more is left of what came and went than there was before: flows time out, and what the daemon
-// let go of in its start is closed when Go next collects garbage, after two minutes at most.
+// settle waits until no more is left of what came and went than there was before.
 func (s *soak) settle(t *testing.T, before *state) {
 	last := -1
 	lab.Eventually(t, 3*time.Minute, "flows of what is over are gone", func() bool {
 		n := s.entries(t)["flows4"]
 		if before != nil {
-			return n <= before.Entries["flows4"] && descriptors(t, s.b.PID()) <= before.DaemonFDs
+			return n <= before.Entries["flows4"]
 		}
 		same := n == last
 		last = n
@@ -208,14 +209,32 @@ func (s *soak) look(t *testing.T) state {
 		st.Runners += lab.ResidentKiB(t, pid)
 		st.RunnerFDs += descriptors(t, pid)
 	}
-	// Programs that are kept for the next start come a moment later.
-	for _, dir := range []string{"maps", "links", "next"} {
-		pins, err := os.ReadDir(filepath.Join(s.BPFFS, dir))
-		if err == nil {
-			st.Pins += len(pins)
-		}
+	for _, dir := range []string{"maps", "links", "next", "programs"} {
+		st.Pins += s.pins(dir)
 	}
 	return st
+}
+
+// kept waits until all programs are pinned for the next start: those that sweep come last.
+func (s *soak) kept(t *testing.T) {
+	lab.Eventually(t, time.Minute, "all programs are kept for the next start", func() bool {
+		n := 0
+		for _, program := range []string{"expire", "purge", "gauge"} {
+			found, err := filepath.Glob(filepath.Join(s.BPFFS, "programs", program+"-*"))
+			require.NoError(t, err)
+			n += len(found)
+		}
+		return n == 3
+	})
+}
+
+// pins counts what is pinned in a directory of the instance's.
+func (s *soak) pins(dir string) int {
+	list, err := os.ReadDir(filepath.Join(s.BPFFS, dir))
+	if err != nil {
+		return 0
+	}
+	return len(list)
 }
 
 // entries are what the maps that can fill up hold. Entries are counted, and compared with the gauge.
