@@ -326,7 +326,7 @@ static __always_inline int container_slow(struct __sk_buff *skb, struct scratch 
 	}
 	if (error)
 		f = container_quoted_flow(skb, s, ep, v6);
-	else if (!(p->flags & PACKET_PORTS_LOST))
+	else if (!(p->flags & (PACKET_PORTS_LOST | PACKET_NO_FLOW)))
 		f = flow_find(p, HOOK_CONTAINER, v6) ?: syn_find(s, v6);
 	if (f) {
 		struct endpoint *owner = endpoint_get(f->endpoint);
@@ -436,6 +436,8 @@ static __always_inline int container_ip(struct __sk_buff *skb, struct scratch *s
 		f = flow_find(p, HOOK_CONTAINER, v6);
 		if (!f)
 			f = waiting = syn_find(s, v6);
+		if (!f)
+			p->flags |= PACKET_NO_FLOW;
 		if (f && f->generation == (__u16)cfg->generation) {
 			ep = endpoint_get(f->endpoint);
 			/* Whose address it is was settled when the flow was opened. */

@@ -31,7 +31,8 @@ struct plan {
 	__u8 reverse_hook; /* where answers will be seen */
 	__u8 flags; /* FLOW_ROUTED, FLOW_SNAT, FLOW_FIB */
 	__u8 reverse_flags;
-	__u8 seen_flags; /* TCP flags, packets and bytes of answers that came before the flow */
+	bool confirmed; /* by a client that has seen the container's answers */
+	__u8 seen_flags; /* their TCP flags, packets and bytes */
 	__u32 seen_packets;
 	__u64 seen_bytes;
 	__u8 dmac[6];

@@ -258,7 +258,7 @@ static __always_inline int conclude_of(struct __sk_buff *skb, struct scratch *s,
 			return drop(skb, p->hook, REASON_MALFORMED);
 		return forward_slow(skb, f, true, v6);
 	}
-	if (verdict == VERDICT_OPEN && syn_concerns(p)) {
+	if (verdict == VERDICT_OPEN && syn_concerns(p) && !s->plan.confirmed) {
 		err = v6 ? syn_wait6(skb) : syn_wait4(skb);
 		if (err < 0)
 			return drop(skb, p->hook, -err);

@@ -66,6 +66,7 @@ enum packet_flags {
 	PACKET_ICMP_ERROR = 8,
 	PACKET_NEIGHBOUR = 16, /* ND or MLD that no router has seen: the link's business */
 	PACKET_DONT_FRAGMENT = 32,
+	PACKET_NO_FLOW = 64, /* looked up, and there is none */
 };
 
 struct packet {

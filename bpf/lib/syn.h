@@ -74,6 +74,17 @@ static __always_inline bool syn_same(const struct packet *p, const struct flow *
 	return ((const struct flow4 *)f)->saddr == p->daddr.w[3];
 }
 
+/* The waiting connection f of key becomes the flow of s->plan. */
+static __always_inline void syn_confirmed(struct scratch *s, const void *key, const struct flow *f,
+					  const bool v6)
+{
+	s->plan.confirmed = true;
+	s->plan.seen_flags = f->tcp_flags;
+	s->plan.seen_packets = f->packets;
+	s->plan.seen_bytes = f->bytes;
+	bpf_map_delete_elem(syn_table(v6), key);
+}
+
 /*
  * What becomes of s->plan, which a TCP packet of the world would open. 1: it waits, and the packet goes
  * along s->flow4 or s->flow6; 0: it is a flow; -REASON.
@@ -93,10 +104,7 @@ static __always_inline int syn_wait_of(struct __sk_buff *skb, struct scratch *s,
 	if (f && !syn_same(p, f, v6))
 		f = NULL;
 	if (f && syn_confirms(skb, p, f, v6)) {
-		s->plan.seen_flags = f->tcp_flags;
-		s->plan.seen_packets = f->packets;
-		s->plan.seen_bytes = f->bytes;
-		bpf_map_delete_elem(syn_table(v6), key);
+		syn_confirmed(s, key, f, v6);
 		return 0;
 	}
 	if (p->tcp_flags & TCP_RST && !f)

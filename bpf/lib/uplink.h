@@ -113,6 +113,78 @@ static __always_inline int answer_renew(const struct flow *f)
 	return net && net->flags & NETWORK_INTERNAL ? -REASON_INTERNAL : 0;
 }
 
+/*
+ * The packet that makes a flow of a waiting connection to a published port, under the policy that its SYN was
+ * judged by: the plan is that of then. Whether it is one; what is not is judged like any other.
+ */
+static __always_inline bool uplink_confirms(struct __sk_buff *skb, struct scratch *s,
+					    const struct config *cfg, const bool v6)
+{
+	struct packet *p = &s->packet;
+	struct plan *n = &s->plan;
+	struct port *port = port_find(p, v6);
+	struct endpoint *target;
+	struct network *net;
+	struct flow *f;
+	__u32 slot;
+	void *key;
+
+	if (!port || !port_serves(port, v6))
+		return false;
+	plan_start(n, p);
+	n->daddr = port->addr;
+	n->dport = port->port;
+	n->port = port->slot;
+	if (v6) {
+		flow_key6(&s->key6, &n->daddr, &p->saddr, n->dport, p->sport, p->proto,
+			  HOOK_CONTAINER);
+		key = &s->key6;
+	} else {
+		flow_key4(&s->key4, &n->daddr, &p->saddr, n->dport, p->sport, p->proto,
+			  HOOK_CONTAINER);
+		key = &s->key4;
+	}
+	f = bpf_map_lookup_elem(syn_table(v6), key);
+	if (!f || f->generation != (__u16)cfg->generation || !syn_same(p, f, v6) ||
+	    !syn_confirms(skb, p, f, v6))
+		return false;
+	slot = port->endpoint;
+	target = endpoint_get(slot);
+	if (!target || !(target->flags & ENDPOINT_READY))
+		return false;
+	net = network_get(target->net);
+	if (!net)
+		return false;
+	plan_to_container(n, slot, target, net->mac);
+	n->flags |= FLOW_ROUTED;
+	n->reverse_hook = HOOK_CONTAINER;
+	n->reverse_flags = f->flags & (FLOW_ROUTED | FLOW_FIB);
+	n->reverse_ifindex = f->ifindex;
+	n->reverse_mtu = f->mtu;
+	if (v6)
+		n->reverse_nexthop = ((struct flow6 *)f)->nexthop;
+	else
+		addr_from_v4(&n->reverse_nexthop, *flow_nexthop4(f));
+	syn_confirmed(s, key, f, v6);
+	return true;
+}
+
+__noinline int uplink_confirms4(struct __sk_buff *skb)
+{
+	struct scratch *s = scratch_get();
+	struct config *cfg = config_get();
+
+	return s && cfg && uplink_confirms(skb, s, cfg, false);
+}
+
+__noinline int uplink_confirms6(struct __sk_buff *skb)
+{
+	struct scratch *s = scratch_get();
+	struct config *cfg = config_get();
+
+	return s && cfg && uplink_confirms(skb, s, cfg, true);
+}
+
 /* A packet with no flow, or with one that was opened under an older policy. A verdict. */
 static __always_inline int uplink_slow(struct __sk_buff *skb, struct scratch *s, const bool v6)
 {
@@ -124,8 +196,11 @@ static __always_inline int uplink_slow(struct __sk_buff *skb, struct scratch *s,
 
 	if (!cfg)
 		return PASS;
-	if (!(p->flags & (PACKET_ICMP_ERROR | PACKET_PORTS_LOST)))
+	if (!(p->flags & (PACKET_ICMP_ERROR | PACKET_PORTS_LOST | PACKET_NO_FLOW)))
 		f = flow_find_slow(s, v6);
+	else if (syn_concerns(p) && (flags & (TCP_SYN | TCP_RST | TCP_ACK)) == TCP_ACK &&
+		 (v6 ? uplink_confirms6(skb) : uplink_confirms4(skb)))
+		return VERDICT_OPEN;
 	if (f && (!flow_out(f) || !(f->flags & FLOW_ORIGIN))) {
 		err = answer_renew(f);
 		if (err) {
@@ -211,6 +286,8 @@ static __always_inline int uplink_ip(struct __sk_buff *skb, struct scratch *s, c
 			flow_turn(f, p->proto, p->tcp_flags, v6);
 			return forward_slow(skb, f, false, v6);
 		}
+		if (!f)
+			p->flags |= PACKET_NO_FLOW;
 	}
 	return conclude(skb, v6 ? uplink_slow6(skb) : uplink_slow4(skb), v6);
 }
