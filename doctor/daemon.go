@@ -100,6 +100,10 @@ func checkMaps(f *Facts) []Finding {
 			continue
 		}
 		fix, consequence := "", "what comes on top is not served"
+		if m.Map == "syns4" || m.Map == "syns6" || m.Map == "frags" {
+			out = append(out, notef("", "%s is %.0f %% full (%d of %d); the newest push out the oldest: a flood?", m.Map, 100*share, m.Entries, m.Max))
+			continue
+		}
 		if m.Map == "flows4" || m.Map == "flows6" {
 			// Two entries a flow; flows6 is half as large as flows4.
 			flows := m.Max

@@ -131,6 +131,7 @@ func TestJudge(t *testing.T) {
 			f.Snapshot.Endpoints[0].Ready, f.Snapshot.Endpoints[0].Why = false, "no link"
 		}, "endpoints", Note, "web in bridge (no link)", "bpfnet status"},
 		{"a table that fills up", func(f *Facts) { f.Fill = []maps.Fill{{Map: "flows6", Entries: 85, Max: 100}} }, "maps", Note, "85 % full", restart + " --flows 200"},
+		{"what gives way when it is full", func(f *Facts) { f.Fill = []maps.Fill{{Map: "syns4", Entries: 100, Max: 100}} }, "maps", Note, "the newest push out the oldest", ""},
 		{"a full table", func(f *Facts) { f.Fill = []maps.Fill{{Map: "ports", Entries: 100, Max: 100}} }, "maps", Broken, "ports is 100 % full", ""},
 		{"ours is missing", func(f *Facts) { delete(f.Hooks, HookKey{2, true}) }, "attached", Broken, "to_uplink is missing on eth0", restart},
 		{"ours is missing on the cgroup", func(f *Facts) { f.CgroupPrograms = nil }, "attached", Broken, "sock_connect4 is missing on /sys/fs/cgroup", restart},

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
+	"golang.org/x/sys/unix"
 
 	"github.com/bpfnet/bpfnet/bpf"
 	"github.com/bpfnet/bpfnet/policy"
@@ -268,6 +270,47 @@ func (m *Maps) Fill() ([]Fill, error) {
 		{Map: "flows4", Entries: v4, Max: int(m.m["flows4"].MaxEntries())},
 		{Map: "flows6", Entries: v6, Max: int(m.m["flows6"].MaxEntries())},
 	}
+	now, err := ticks()
+	if err != nil {
+		return nil, err
+	}
+	c, err := m.config()
+	if err != nil {
+		return nil, err
+	}
+	waits := func(lastSeen uint32) bool { return now-lastSeen <= c.Timeouts.TcpSyn }
+	for _, t := range []struct {
+		name  string
+		count func() (int, error)
+		room  uint32
+	}{
+		// The newest push out the oldest, so that only the fresh ones tell how much is in use.
+		{"syns4", func() (int, error) {
+			return countIf[bpf.DatapathFlow4Key](m.m["syns4"], func(s bpf.DatapathSyn4) bool { return waits(s.Answer.F.LastSeen) })
+		}, m.m["syns4"].MaxEntries()},
+		{"syns6", func() (int, error) {
+			return countIf[bpf.DatapathFlow6Key](m.m["syns6"], func(s bpf.DatapathSyn6) bool { return waits(s.Answer.F.LastSeen) })
+		}, m.m["syns6"].MaxEntries()},
+		{"frags", func() (int, error) {
+			return countIf[bpf.DatapathFragKey](m.m["frags"], func(f bpf.DatapathFrag) bool { return now-f.Seen <= fragmentTicks })
+		}, m.m["frags"].MaxEntries()},
+		// Slot 0 is nobody's.
+		{"network_slots", func() (int, error) {
+			return countIf[uint32](m.m["network_slots"], func(n bpf.DatapathNetwork) bool { return n.Ifindex != 0 })
+		}, maxNetworks - 1},
+		{"endpoint_slots", func() (int, error) {
+			return countIf[uint32](m.m["endpoint_slots"], func(e bpf.DatapathEndpoint) bool { return e.Ifindex != 0 })
+		}, maxEndpoints - 1},
+		{"port_slots", func() (int, error) {
+			return countIf[uint32](m.m["port_slots"], func(p bpf.DatapathPortSlot) bool { return p.Live != 0 })
+		}, maxPorts - 1},
+	} {
+		n, err := t.count()
+		if err != nil {
+			return nil, fmt.Errorf("read %s: %w", t.name, err)
+		}
+		out = append(out, Fill{Map: t.name, Entries: n, Max: int(t.room)})
+	}
 	for _, name := range []string{"endpoints", "links", "ports", "open_ports", "pairs", "host_addrs", "subnets", "trusted", "allowed_sources"} {
 		n, err := Entries(m.m[name])
 		if err != nil {
@@ -276,6 +319,109 @@ func (m *Maps) Fill() ([]Fill, error) {
 		out = append(out, Fill{Map: name, Entries: n, Max: int(m.m[name].MaxEntries())})
 	}
 	return out, nil
+}
+
+const fragmentTicks = 30 // FRAGMENT_TICKS of bpf/lib/fragment.h
+
+// ticks is the data path's clock: 2^30 ns, CLOCK_MONOTONIC.
+func ticks() (uint32, error) {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC_COARSE, &now); err != nil {
+		return 0, fmt.Errorf("read the clock: %w", err)
+	}
+	return uint32(now.Nano() >> 30), nil
+}
+
+func (m *Maps) config() (bpf.DatapathConfig, error) {
+	var c bpf.DatapathConfig
+	if err := m.m["config"].Lookup(uint32(0), &c); err != nil {
+		return c, fmt.Errorf("read config: %w", err)
+	}
+	return c, nil
+}
+
+// countIf counts the values of a map that pass the test, in few system calls.
+func countIf[K, V any](m *ebpf.Map, test func(V) bool) (n int, err error) {
+	err = eachBatch(m, func(_ K, v V) {
+		if test(v) {
+			n++
+		}
+	})
+	return n, err
+}
+
+// eachBatch calls f for the entries of a map. Some may come twice or not at all where others come and go.
+func eachBatch[K, V any](m *ebpf.Map, f func(K, V)) error {
+	const batch = 4096
+	var cursor ebpf.MapBatchCursor
+	keys, values := make([]K, batch), make([]V, batch)
+	for {
+		got, err := m.BatchLookup(&cursor, keys, values, nil)
+		for i := range got {
+			f(keys[i], values[i])
+		}
+		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// Busiest is the destination towards which the most masquerade ports are taken, and how many there are.
+type Busiest struct {
+	Proto string         `json:"proto"`
+	To    netip.AddrPort `json:"to"`
+	Ports int            `json:"ports"`
+	Max   int            `json:"max"`
+}
+
+// BusiestDestination reads the flows, unless they are too few for any destination to have the share (0 to 1)
+// of all masquerade ports. The zero value: none has.
+func (m *Maps) BusiestDestination(share float64) (Busiest, error) {
+	c, err := m.config()
+	if err != nil {
+		return Busiest{}, err
+	}
+	room := int(c.Snat[0].Count + c.Snat[1].Count)
+	v4, v6, err := m.Flows()
+	if err != nil || room == 0 {
+		return Busiest{}, err
+	}
+	least := int(share * float64(room))
+	type destination struct {
+		proto uint8
+		to    netip.AddrPort
+	}
+	taken := make(map[destination]int)
+	const masqueraded = bpf.DatapathFlowFlagsFLOW_ORIGIN | bpf.DatapathFlowFlagsFLOW_SNAT
+	count := func(proto uint8, flags bpf.DatapathFlowFlags, out netip.Addr, port uint16) {
+		toUplink := bpf.DatapathHook(flags&bpf.DatapathFlowFlagsFLOW_OUT_MASK) == bpf.DatapathHookHOOK_UPLINK
+		if flags&masqueraded == masqueraded && toUplink && (proto == unix.IPPROTO_TCP || proto == unix.IPPROTO_UDP) {
+			taken[destination{proto, netip.AddrPortFrom(out, port)}]++
+		}
+	}
+	if v4/2 >= least {
+		err = eachBatch(m.m["flows4"], func(k bpf.DatapathFlow4Key, f bpf.DatapathFlow4) {
+			count(k.Proto, f.F.Flags, fromAddr4(f.Daddr), port16(f.F.Dport))
+		})
+	}
+	if v6/2 >= least {
+		err = errors.Join(err, eachBatch(m.m["flows6"], func(k bpf.DatapathFlow6Key, f bpf.DatapathFlow6) {
+			count(k.Proto, f.F.Flags, fromAddr(f.Daddr), port16(f.F.Dport))
+		}))
+	}
+	if err != nil {
+		return Busiest{}, fmt.Errorf("read flows: %w", err)
+	}
+	var most Busiest
+	for d, n := range taken {
+		if n >= least && n > most.Ports {
+			most = Busiest{Proto: map[uint8]string{unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp"}[d.proto], To: d.to, Ports: n, Max: room}
+		}
+	}
+	return most, nil
 }
 
 // Entries counts what a map holds, in few system calls.

@@ -9,6 +9,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/bpfnet/bpfnet/bpf"
 	"github.com/bpfnet/bpfnet/policy"
@@ -321,4 +322,79 @@ func TestBury(t *testing.T) {
 	_, err = w.Apply(next, settings())
 	require.NoError(t, err)
 	require.Len(t, calls, 3)
+}
+
+// Needs root. Of what gives way by itself, only what is fresh counts; of slots, those that somebody has.
+func TestFill(t *testing.T) {
+	m := newMaps(t)
+	w, err := NewWriter(m)
+	require.NoError(t, err)
+	s := settings()
+	s.Timeouts.TCPSyn = 60
+	_, err = w.Apply(tables(), s)
+	require.NoError(t, err)
+	now, err := ticks()
+	require.NoError(t, err)
+	c, err := m.config()
+	require.NoError(t, err)
+	require.NotZero(t, c.Timeouts.TcpSyn)
+	for i := range uint32(300) {
+		seen := now
+		if i >= 200 {
+			seen = now - max(c.Timeouts.TcpSyn, fragmentTicks) - 2
+		}
+		syn4, syn6 := bpf.DatapathSyn4{}, bpf.DatapathSyn6{}
+		syn4.Answer.F.LastSeen, syn6.Answer.F.LastSeen = seen, seen
+		require.NoError(t, m.m["syns4"].Put(bpf.DatapathFlow4Key{Saddr: i}, syn4))
+		require.NoError(t, m.m["syns6"].Put(bpf.DatapathFlow6Key{Sport: uint16(i)}, syn6))
+		require.NoError(t, m.m["frags"].Put(bpf.DatapathFragKey{Id: i}, bpf.DatapathFrag{Seen: seen}))
+	}
+	fill, err := m.Fill()
+	require.NoError(t, err)
+	got := map[string]Fill{}
+	for _, f := range fill {
+		got[f.Map] = f
+	}
+	for _, name := range []string{"syns4", "syns6", "frags"} {
+		require.Equal(t, Fill{Map: name, Entries: 200, Max: int(m.m[name].MaxEntries())}, got[name])
+	}
+	require.Equal(t, Fill{Map: "endpoint_slots", Entries: len(tables().Endpoints), Max: maxEndpoints - 1}, got["endpoint_slots"])
+	require.Equal(t, Fill{Map: "network_slots", Entries: len(tables().Networks), Max: maxNetworks - 1}, got["network_slots"])
+	require.NotZero(t, got["port_slots"].Entries)
+	require.Equal(t, maxPorts-1, got["port_slots"].Max)
+}
+
+// Needs root. The destination with the most masqueraded flows, if it has its share of the ports.
+func TestBusiestDestination(t *testing.T) {
+	m := newMaps(t)
+	w, err := NewWriter(m)
+	require.NoError(t, err)
+	s := settings()
+	s.SNAT, s.Reserved = []PortRange{{First: 30000, Count: 10}}, nil
+	_, err = w.Apply(policy.Tables{}, s)
+	require.NoError(t, err)
+	busy, quiet := netip.MustParseAddr("203.0.113.9"), netip.MustParseAddr("203.0.113.10")
+	entries := int64(0)
+	open := func(n int, to netip.Addr, flags bpf.DatapathFlowFlags) {
+		for range n {
+			entries++
+			v := bpf.DatapathFlow4{Daddr: addr4(to)}
+			v.F.Dport, v.F.Flags = port16(443), flags
+			k := bpf.DatapathFlow4Key{Saddr: uint32(entries), Proto: unix.IPPROTO_TCP, Hook: bpf.DatapathHookHOOK_CONTAINER}
+			require.NoError(t, m.m["flows4"].Put(k, v))
+		}
+		require.NoError(t, m.m["flow_gauge"].Put(uint32(0), bpf.DatapathFlowGauge{Entries: [2]int64{2 * entries, 0}}))
+	}
+	const masqueraded = bpf.DatapathFlowFlagsFLOW_ORIGIN | bpf.DatapathFlowFlagsFLOW_SNAT | bpf.DatapathFlowFlags(bpf.DatapathHookHOOK_UPLINK)
+	open(7, busy, masqueraded)
+	open(3, quiet, masqueraded)
+	open(20, busy, masqueraded&^bpf.DatapathFlowFlagsFLOW_ORIGIN)
+	open(20, busy, masqueraded&^bpf.DatapathFlowFlagsFLOW_SNAT)
+	got, err := m.BusiestDestination(0.8)
+	require.NoError(t, err)
+	require.Zero(t, got)
+	open(1, busy, masqueraded)
+	got, err = m.BusiestDestination(0.8)
+	require.NoError(t, err)
+	require.Equal(t, Busiest{Proto: "tcp", To: netip.AddrPortFrom(busy, 443), Ports: 8, Max: 10}, got)
 }

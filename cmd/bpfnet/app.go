@@ -73,6 +73,7 @@ type counters interface {
 	EndpointStats(slot uint16) (maps.EndpointCount, error)
 	PortStats(slot uint16) (maps.PortCount, error)
 	Fill() ([]maps.Fill, error)
+	BusiestDestination(share float64) (maps.Busiest, error)
 	Close()
 }
 

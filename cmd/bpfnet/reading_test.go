@@ -6,8 +6,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
+	"strings"
 	"testing"
 	"time"
 
@@ -24,12 +27,16 @@ type fakeCounters struct {
 	fates []maps.Fate
 	fill  []maps.Fill
 	err   error
+
+	busiest maps.Busiest
 }
 
 func (c fakeCounters) Drops() ([]maps.Drop, error) { return c.drops, c.err }
 func (c fakeCounters) Fates() ([]maps.Fate, error) { return c.fates, c.err }
 func (c fakeCounters) Fill() ([]maps.Fill, error)  { return c.fill, c.err }
 func (c fakeCounters) Close()                      {}
+
+func (c fakeCounters) BusiestDestination(float64) (maps.Busiest, error) { return c.busiest, c.err }
 
 func (c fakeCounters) EndpointStats(slot uint16) (maps.EndpointCount, error) {
 	n := uint64(slot)
@@ -145,6 +152,32 @@ func TestTotalsAgreeWithTheirParts(t *testing.T) {
 	for _, n := range stats.Networks {
 		assert.Equal(t, sum[n.Name], n.RxBytes, n.Name)
 	}
+}
+
+// From 80 % on, what fills up is warned of, and what happens then.
+func TestStatusWarns(t *testing.T) {
+	w := readable(t)
+	w.counters.fill = []maps.Fill{
+		{Map: "flows4", Entries: 80, Max: 100}, {Map: "flows6", Entries: 79, Max: 100}, {Map: "syns4", Entries: 65536, Max: 65536},
+		{Map: "frags", Entries: 7000, Max: 8192}, {Map: "port_slots", Entries: 16383, Max: 16383},
+	}
+	w.counters.busiest = maps.Busiest{Proto: "tcp", To: netip.MustParseAddrPort("203.0.113.9:443"), Ports: 30000, Max: 36281}
+	out := w.must("status")
+	want := []string{
+		"flows4: 80.0 % taken (80 of 100); from there on timeouts are shortened, and new flows find no room (flow_table_full); raise --flows",
+		"syns4: 100.0 % taken (65536 of 65536); from there on connections that their clients have not confirmed push out the oldest of them: a flood?",
+		"frags: 85.4 % taken (7000 of 8192); from there on fragments push out the oldest, whose datagrams are lost (fragment_not_found): a flood?",
+		"port_slots: 100.0 % taken (16383 of 16383); from there on what comes on top is not served",
+		"masquerade ports towards tcp 203.0.113.9:443: 82.7 % taken (30000 of 36281); from there on new flows to it are refused (snat_exhausted)",
+	}
+	for _, text := range want {
+		assert.Regexp(t, `(?m)^Warning: +`+regexp.QuoteMeta(text)+`$`, out)
+	}
+	assert.Equal(t, len(want), strings.Count(out, "Warning:"))
+	var s Status
+	require.NoError(t, json.Unmarshal([]byte(w.must("status", "-o", "json")), &s))
+	assert.Equal(t, want, s.Warnings)
+	assert.Equal(t, &w.counters.busiest, s.Busiest)
 }
 
 func TestStatusTellsForeignDaemon(t *testing.T) {

@@ -36,6 +36,9 @@ type Status struct {
 	Sources     []api.Source     `json:"sources"`         // as of the last write of the daemon
 	Attachments []api.Attachment `json:"attachments"`     // likewise
 	Maps        []maps.Fill      `json:"maps"`            // fill
+	// Busiest is the destination towards which most of the masquerade ports are taken; none: no destination is near.
+	Busiest  *maps.Busiest `json:"busiest_destination,omitempty"`
+	Warnings []string      `json:"warnings"` // what has 80 % of its room taken
 }
 
 // DaemonStatus is about the process. A daemon that is down leaves the data path at work.
@@ -133,12 +136,47 @@ func (a *App) readStatus(ctx context.Context) (*Status, error) {
 		return nil, err
 	}
 	s.Maps = notNil(s.Maps)
+	busiest, err := c.BusiestDestination(fillWarning)
+	if err != nil {
+		return nil, err
+	}
+	if busiest.Ports > 0 {
+		s.Busiest = &busiest
+	}
+	s.Warnings = s.warnings()
 	for _, e := range snap.Endpoints {
 		if !e.Ready {
 			s.NotReady = append(s.NotReady, NotReady{Container: e.Name, Network: e.Network, Why: e.Why})
 		}
 	}
 	return s, nil
+}
+
+const fillWarning = 0.80
+
+// consequences are what happens to what comes on top, by map.
+var consequences = map[string]string{
+	"flows4": "timeouts are shortened, and new flows find no room (flow_table_full); raise --flows",
+	"flows6": "timeouts are shortened, and new flows find no room (flow_table_full); raise --flows",
+	"syns4":  "connections that their clients have not confirmed push out the oldest of them: a flood?",
+	"syns6":  "connections that their clients have not confirmed push out the oldest of them: a flood?",
+	"frags":  "fragments push out the oldest, whose datagrams are lost (fragment_not_found): a flood?",
+}
+
+// warnings are about all that has fillWarning of its room taken, in the order of the maps.
+func (s *Status) warnings() []string {
+	out := []string{}
+	for _, m := range s.Maps {
+		if m.Max > 0 && float64(m.Entries) >= fillWarning*float64(m.Max) {
+			what := cmp.Or(consequences[m.Map], "what comes on top is not served")
+			out = append(out, fmt.Sprintf("%s: %s taken (%d of %d); from there on %s", m.Map, percent(m.Entries, m.Max), m.Entries, m.Max, what))
+		}
+	}
+	if b := s.Busiest; b != nil {
+		out = append(out, fmt.Sprintf("masquerade ports towards %s %s: %s taken (%d of %d); from there on new flows to it are refused (snat_exhausted)",
+			b.Proto, b.To, percent(b.Ports, b.Max), b.Ports, b.Max))
+	}
+	return out
 }
 
 // notNil makes an empty list of nil, which JSON would show as null.
@@ -219,6 +257,9 @@ func (a *App) printStatus(s *Status) error {
 			text += ", read " + s.since(src.LastSync) + " ago"
 		}
 		line("Source "+src.Name, "%s", text)
+	}
+	for _, w := range s.Warnings {
+		line("Warning", "%s", w)
 	}
 	line("Serves", "%s, %s, %s", count(s.Networks, "network"), count(s.Containers, "endpoint"), count(s.Ports, "published port"))
 	t := s.Totals
