@@ -274,9 +274,7 @@ func Compile(in Intents, last Slots) (Tables, Slots) {
 	}
 
 	slots.Ports, refused = assign(last.Ports, ids(ports, Port.ID), MaxPorts)
-	for _, id := range refused {
-		t.wrong("", "port "+id, fmt.Sprintf("more than %d published ports", MaxPorts-1), "not served")
-	}
+	t.surplus(ports, refused, endpoints, byID)
 	mates := make(map[string][]Endpoint) // by sandbox
 	for _, e := range endpoints {
 		if _, ok := targets[e.ID]; ok {
@@ -422,6 +420,30 @@ func (t *Tables) endpoint(e Endpoint, slot uint16, n Network, net uint16, sandbo
 // wrong notes a problem.
 func (t *Tables) wrong(network, setting, text, instead string) {
 	t.Problems = append(t.Problems, Problem{Network: network, Setting: setting, Text: text, Instead: instead})
+}
+
+// surplus names the ports that no slot was left for, and their containers.
+func (t *Tables) surplus(ports []Port, refused []string, endpoints []Endpoint, networks map[string]Network) {
+	if len(refused) == 0 {
+		return
+	}
+	names := make(map[string]Endpoint, len(endpoints))
+	for _, e := range endpoints {
+		names[e.ID] = e
+	}
+	without := make(map[string]bool, len(refused))
+	for _, id := range refused {
+		without[id] = true
+	}
+	for _, p := range ports {
+		if !without[p.ID()] {
+			continue
+		}
+		e := names[p.EndpointID]
+		n := networks[e.NetworkID]
+		t.wrong(n.QualifiedName(), fmt.Sprintf("port %s/%s of %s", p.Host, p.Proto, e.Name),
+			fmt.Sprintf("more than %d published ports", MaxPorts-1), "not served")
+	}
 }
 
 // options puts down which devices a network trusts, and checks its options against the host.

@@ -11,6 +11,8 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/bpfnet/bpfnet/internal/promise"
 )
 
 func mac(last byte) MAC { return MAC{2, 0x42, 0xac, 0x11, 0, last} }
@@ -203,4 +205,38 @@ func TestCompileLimits(t *testing.T) {
 	tables, slots := Compile(in, Slots{})
 	require.Len(t, slots.Endpoints, MaxEndpoints-1)
 	require.Equal(t, "more than 4095 endpoints", tables.Waiting["e04105"])
+}
+
+// More ports than there is room for: what was served is served on, and the others are named.
+func TestCompilePortLimit(t *testing.T) {
+	const surplus = 7
+	in := Intents{}
+	in.State.Networks = []Network{{ID: "n1", Name: "n1", Source: "docker"}}
+	in.State.Endpoints = []Endpoint{
+		{ID: "e1", NetworkID: "n1", Name: "web", Addrs: []netip.Addr{netip.MustParseAddr("172.20.0.2")}},
+		{ID: "e0", NetworkID: "n1", Name: "late", Addrs: []netip.Addr{netip.MustParseAddr("172.20.0.3")}},
+	}
+	port := func(endpoint string, n int) Port {
+		return Port{Proto: TCP, Host: netip.AddrPortFrom(netip.IPv4Unspecified(), uint16(n)), EndpointID: endpoint, Target: 80}
+	}
+	for n := range MaxPorts - 1 {
+		in.State.Ports = append(in.State.Ports, port("e1", 1024+n))
+	}
+	before, slots := Compile(in, Slots{})
+	require.Empty(t, before.Problems)
+	require.Len(t, before.Ports, MaxPorts-1)
+	for n := range surplus {
+		in.State.Ports = append(in.State.Ports, port("e0", 40000+n))
+	}
+	after, _ := Compile(in, slots)
+	require.Equal(t, before.Ports, after.Ports, "what was served is served on, by its slots")
+	require.Len(t, after.Problems, surplus)
+	for n, p := range after.Problems {
+		require.Equal(t, Problem{
+			Network: "docker/n1", Setting: fmt.Sprintf("port 0.0.0.0:%d/tcp of late", 40000+n),
+			Text: "more than 16383 published ports", Instead: "not served",
+		}, p)
+	}
+	promise.Kept(t, promise.Pressure, "More published ports than there is room for: those that were served are served on, and each of the others is named with its container.",
+		"%d served, %d named", len(after.Ports), surplus)
 }
