@@ -466,8 +466,9 @@ type DatapathScratch struct {
 		ReverseHook    uint8
 		Flags          uint8
 		ReverseFlags   uint8
+		Confirmed      bool
 		SeenFlags      uint8
-		_              [2]byte
+		_              [1]byte
 		SeenPackets    uint32
 		SeenBytes      uint64
 		Dmac           [6]uint8
