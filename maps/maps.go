@@ -270,10 +270,7 @@ func (m *Maps) Fill() ([]Fill, error) {
 		{Map: "flows4", Entries: v4, Max: int(m.m["flows4"].MaxEntries())},
 		{Map: "flows6", Entries: v6, Max: int(m.m["flows6"].MaxEntries())},
 	}
-	now, err := ticks()
-	if err != nil {
-		return nil, err
-	}
+	now := monotonicTicks()
 	c, err := m.config()
 	if err != nil {
 		return nil, err
@@ -322,15 +319,6 @@ func (m *Maps) Fill() ([]Fill, error) {
 }
 
 const fragmentTicks = 30 // FRAGMENT_TICKS of bpf/lib/fragment.h
-
-// ticks is the data path's clock: 2^30 ns, CLOCK_MONOTONIC.
-func ticks() (uint32, error) {
-	var now unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC_COARSE, &now); err != nil {
-		return 0, fmt.Errorf("read the clock: %w", err)
-	}
-	return uint32(now.Nano() >> 30), nil
-}
 
 func (m *Maps) config() (bpf.DatapathConfig, error) {
 	var c bpf.DatapathConfig

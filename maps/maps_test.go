@@ -333,8 +333,7 @@ func TestFill(t *testing.T) {
 	s.Timeouts.TCPSyn = 60
 	_, err = w.Apply(tables(), s)
 	require.NoError(t, err)
-	now, err := ticks()
-	require.NoError(t, err)
+	now := monotonicTicks()
 	c, err := m.config()
 	require.NoError(t, err)
 	require.NotZero(t, c.Timeouts.TcpSyn)
