@@ -196,19 +196,8 @@ func testForgedReset(t *testing.T, w *natSite) {
 					tcp, ok := p.Layer(layers.LayerTypeTCP).(*layers.TCP)
 					return ok && tcp.SYN && !tcp.ACK && int(tcp.DstPort) == echoPort
 				})
-				conn, err := dial(c.from, "tcp", "", c.to.String())
-				require.NoError(t, err)
-				defer conn.Close()
-				require.NoError(t, conn.SetDeadline(time.Now().Add(10*time.Second)))
-				say := func(text string) {
-					_, err := conn.Write([]byte(text))
-					require.NoError(t, err)
-					got := make([]byte, len(text))
-					_, err = io.ReadFull(conn, got)
-					require.NoError(t, err)
-					require.Equal(t, text, string(got))
-				}
-				say("before")
+				say := echoing(t, c.from, c.to)
+				say(t, "before")
 				syn := seen.Wait(t, 1, 2*time.Second)[0]
 				src, dst := syn.NetworkLayer().NetworkFlow().Endpoints()
 				tcp := syn.Layer(layers.LayerTypeTCP).(*layers.TCP)
@@ -223,8 +212,8 @@ func testForgedReset(t *testing.T, w *natSite) {
 				lab.Eventually(t, 2*time.Second, "the reset went to the container", func() bool {
 					return since(t, m, before)["fate container/uplink"] > 0
 				})
-				say("after")
-				say("and on")
+				say(t, "after")
+				say(t, "and on")
 				require.Empty(t, since(t, m, before).drops())
 			})
 		}

@@ -43,8 +43,8 @@ type natSite struct {
 	peer4, peer6   netip.Addr
 }
 
-func newNATSite(t *testing.T) *natSite {
-	w := &natSite{site: newOwnSite(t)}
+func newNATSite(t *testing.T, daemon ...string) *natSite {
+	w := &natSite{site: newOwnSite(t, daemon...)}
 	w.far = w.NewNS(t, "far")
 	lab.Join(t,
 		lab.End{NS: w.Client2, If: "eth1", Addrs: []netip.Prefix{netip.PrefixFrom(router4, 26), netip.PrefixFrom(router6, 64)}},
@@ -169,6 +169,25 @@ func stream(t *testing.T, from *lab.NS, to netip.AddrPort, size int) {
 	require.NoError(t, err, "to %v: %d bytes of %d came back", to, len(got), size)
 	require.NoError(t, sent)
 	require.True(t, bytes.Equal(data, got), "to %v: %d bytes of %d came back", to, len(got), size)
+}
+
+// echoing opens a connection to an echo server for the rest of the test. It returns what says something there,
+// and fails unless just that comes back.
+func echoing(t *testing.T, from *lab.NS, to netip.AddrPort) (say func(t *testing.T, text string)) {
+	t.Helper()
+	c, err := dial(from, "tcp", "", to.String())
+	require.NoError(t, err, "to %v", to)
+	t.Cleanup(func() { c.Close() })
+	return func(t *testing.T, text string) {
+		t.Helper()
+		require.NoError(t, c.SetDeadline(time.Now().Add(10*time.Second)))
+		_, err := c.Write([]byte(text))
+		require.NoError(t, err, "to %v", to)
+		got := make([]byte, len(text))
+		_, err = io.ReadFull(c, got)
+		require.NoError(t, err, "to %v", to)
+		require.Equal(t, text, string(got))
+	}
 }
 
 // socket is a plain socket of the kernel, in whatever namespace it was opened.
