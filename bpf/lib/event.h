@@ -24,7 +24,7 @@ static __always_inline bool event_token(struct event_bucket *b, __u64 now)
 static __noinline int event_fill(struct __sk_buff *skb, struct event *e, __u64 now, enum hook hook,
 				 enum reason reason)
 {
-	__u32 n = skb->len;
+	__u32 n = skb->len, last;
 
 	if (n > sizeof(e->head))
 		n = sizeof(e->head);
@@ -34,9 +34,10 @@ static __noinline int event_fill(struct __sk_buff *skb, struct event *e, __u64 n
 	e->captured = n;
 	e->reason = reason;
 	e->hook = hook;
-	/* The compiler knows that n is in bounds; older verifiers have to be told. */
-	asm volatile("%[n] &= 0xff" : [n] "+r"(n));
-	if (!n || n > sizeof(e->head) || bpf_skb_load_bytes(skb, 0, e->head, n))
+	last = n - 1;
+	/* The compiler knows that it is in bounds; older verifiers have to be told, and that no read is empty. */
+	asm volatile("%[last] &= %[mask]" : [last] "+r"(last) : [mask] "i"(sizeof(e->head) - 1));
+	if (bpf_skb_load_bytes(skb, 0, e->head, last + 1))
 		e->captured = 0;
 	return 0;
 }
