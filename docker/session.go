@@ -49,6 +49,7 @@ type session struct {
 	seq  atomic.Uint64 // orders reads by their start
 
 	complete bool // a full read has been applied
+	fresh    bool // an answer has come that the state is not made of yet
 	networks map[string]netRecord
 	runs     map[string]runRecord
 	wishes   map[string]wish
@@ -129,7 +130,6 @@ func (s *Source) session(ctx context.Context, update func(policy.State)) (connec
 	defer resync.Stop()
 	defer timer.Stop()
 	for {
-		changed := false
 		select {
 		case <-ctx.Done():
 			return x.complete, nil
@@ -157,10 +157,9 @@ func (s *Source) session(ctx context.Context, update func(policy.State)) (connec
 			x.readAll()
 		case apply := <-x.results:
 			apply()
-			changed = true
 		}
 		// Results that are there already are one change.
-		for more := changed; more; {
+		for more := true; more; {
 			select {
 			case apply := <-x.results:
 				apply()
@@ -171,9 +170,10 @@ func (s *Source) session(ctx context.Context, update func(policy.State)) (connec
 		if x.fullErr != nil {
 			return x.complete, x.fullErr
 		}
-		if !changed || !x.complete {
+		if !x.fresh || !x.complete {
 			continue
 		}
+		x.fresh = false
 		st := x.state()
 		if emitted && reflect.DeepEqual(st, last) {
 			continue
@@ -355,13 +355,13 @@ func (x *session) readContainer(id string) {
 // setNetwork and setRun keep the answer of the read that started last.
 func (x *session) setNetwork(id string, rec netRecord) {
 	if rec.seq > x.networks[id].seq {
-		x.networks[id] = rec
+		x.networks[id], x.fresh = rec, true
 	}
 }
 
 func (x *session) setRun(id string, rec runRecord) {
 	if rec.seq > x.runs[id].seq {
-		x.runs[id] = rec
+		x.runs[id], x.fresh = rec, true
 	}
 }
 
@@ -383,7 +383,7 @@ func (x *session) readAll() {
 				return
 			}
 			apply()
-			x.complete = true
+			x.complete, x.fresh = true, true
 			x.src.setStatus(func(st *Status) {
 				st.Connected, st.LastError, st.LastSync = true, "", time.Now()
 			})
