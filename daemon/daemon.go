@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -39,10 +40,11 @@ const (
 	// a handful of events. Where rounds have more to do it is as long as one of them, up to maxSettle.
 	settle    = 2 * time.Millisecond
 	maxSettle = 8 * time.Millisecond
-	// showAfter is how long readers wait for what makes no difference to packets, such as the reason why an
-	// endpoint is not READY.
+	// showAfter is how long readers and the store wait for what the maps hold, so that it is told of once
+	// and not while a container waits to be READY; nobody waits who asked for it.
 	showAfter = 30 * time.Millisecond
-	// showWithin is how long they wait at most for what the maps hold, where one round follows another.
+	// showWithin is how long they wait for what makes no difference to packets, such as the reason why an
+	// endpoint is not READY.
 	showWithin = 100 * time.Millisecond
 	// sourceWait is how long readiness waits for the engine's first full state.
 	sourceWait = 5 * time.Second
@@ -110,8 +112,10 @@ type Daemon struct {
 	slots    policy.Slots
 	tables   policy.Tables
 	applied  policy.Tables // the last that the maps have taken whole
+	inputs   *inputs       // what these were made of; nil: to be made again
 	attached map[int]bool
 	moved    bool         // flow tables have been carried over
+	ownPins  bool         // no pin is left but of what the loader knows
 	adopted  map[int]bool // bridges whose flows netfilter has no more, by index
 	seen     policy.Devices
 	uplinks  []string // as last reported
@@ -120,19 +124,21 @@ type Daemon struct {
 	relayed  map[policy.PortKey]bool   // what the relay holds
 	unheld   map[policy.PortKey]string // what it does not, and why
 	changed  bool                      // the maps hold what the snapshot does not tell of
-	// Since when, as of the end of a round that left it so.
-	changedAt time.Time
-	waited    time.Duration           // by the last round, for the kernel: whoever moves a device holds everybody up
-	known     policy.State            // of the last round, with what was added by hand
-	owed      bool                    // the last round has left the snapshot to be written later
-	problem   string                  // of the last round, so that it is logged once
-	wrong     map[policy.Problem]bool // of settings, as of the last round
-	sockets   string                  // what last kept sockets from being ended, likewise
-	snapshot  *api.Snapshot
-	stored    policy.State    // Docker's, as the store has it
-	ahead     map[string]bool // programs of others that run before ours, as of the last look
-	unpinned  string          // what last kept pins from being made, so that it is logged once
-	seats     map[seat]policy.MAC
+	waited   time.Duration             // by the last round, for the kernel: whoever moves a device holds everybody up
+	known    policy.State              // of the last round, with what was added by hand
+	owed     bool                      // the last round has left the snapshot to be written later
+	told     policy.State              // Docker's, as of the last round
+	unstored bool                      // the store is to have it
+	problem  string                    // of the last round, so that it is logged once
+	wrong    map[policy.Problem]bool   // of settings, as of the last round
+	sockets  string                    // what last kept sockets from being ended, likewise
+	snapshot *api.Snapshot
+	ahead    map[string]bool // programs of others that run before ours, as of the last look
+	unpinned string          // what last kept pins from being made, so that it is logged once
+	seats    map[seat]policy.MAC
+
+	// writing is held to write the snapshot. Whoever holds round may wait for it, and not the other way round.
+	writing sync.Mutex
 }
 
 // Run runs the daemon until ctx ends. The network runs on afterwards. An error before it serves means
@@ -246,9 +252,9 @@ func (d *Daemon) remember() error {
 		if d.engine, _, err = d.store.State(policy.SourceDocker); err != nil {
 			return err
 		}
-		d.stored = d.engine
+		d.sitDown(d.engine.Endpoints)
 		d.engine = d.withoutRelay(d.engine)
-		d.sitDown(d.stored.Endpoints)
+		d.told = d.engine
 	}
 	saved, err := d.store.Sysctls()
 	if err != nil {
@@ -467,27 +473,39 @@ func (d *Daemon) watch(ctx context.Context, events <-chan netdev.Event) error {
 
 func (d *Daemon) reconcileLoop(ctx context.Context) error {
 	defer close(d.over)
-	defer func() {
-		if err := d.showOwed(); err != nil {
-			d.log.Error("write the snapshot", "err", err)
+	// Beside the rounds: with a thousand endpoints it takes longer than one of them.
+	due := make(chan struct{}, 1)
+	var shower sync.WaitGroup
+	shower.Go(func() {
+		for last := ""; ; {
+			_, more := <-due
+			if err := d.showOwed(); err == nil {
+				last = ""
+			} else if text := err.Error(); text != last {
+				d.log.Error("write the snapshot; it goes on after the next round", "err", err)
+				last = text
+			}
+			if !more {
+				return
+			}
 		}
-	}()
+	})
+	defer shower.Wait()
+	defer close(due)
 	tick := time.NewTicker(resyncEvery)
 	defer tick.Stop()
 	verify := time.NewTicker(verifyEvery)
 	defer verify.Stop()
 	show := time.NewTimer(time.Hour)
 	defer show.Stop()
-	showing := false // the timer runs; later news does not put it off
+	var showAt time.Time // zero: not at all; later news does not put it off
 	for took := time.Duration(0); ; {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-show.C:
-			showing = false
-			if err := d.showOwed(); err != nil {
-				d.log.Error("write the snapshot", "err", err)
-			}
+			showAt = time.Time{}
+			signal(due)
 			continue
 		case <-verify.C:
 			if !d.verify() {
@@ -512,13 +530,11 @@ func (d *Daemon) reconcileLoop(ctx context.Context) error {
 		began := time.Now()
 		err := d.reconcile()
 		took = time.Since(began) - d.waited
-		switch owes := d.owes(); {
-		case owes && !showing:
-			show.Reset(showAfter)
-			showing = true
-		case !owes:
-			show.Stop()
-			showing = false
+		if wait, owes := d.owes(); owes {
+			if at := time.Now().Add(wait); showAt.IsZero() || at.Before(showAt) {
+				show.Reset(wait)
+				showAt = at
+			}
 		}
 		if text := fmt.Sprint(err); err != nil && text != d.problem {
 			d.log.Error("reconcile; it goes on with the next round", "err", err)
@@ -635,13 +651,18 @@ func (d *Daemon) reconcile() (err error) {
 		err = errors.Join(append(ofDevices, err)...)
 	}()
 	if resync {
+		d.inputs = nil
 		errs = append(errs, d.writer.Resync())
 		d.devices.Forget()
 	}
 	// Before the look at the devices: what is attached after it, to a device that this round does not
 	// know, is for the next round to judge.
-	pinned, err := d.loader.Pinned()
-	errs = append(errs, err)
+	pinned := d.loader.Attachments()
+	if resync || !d.ownPins {
+		if pinned, err = d.loader.Pinned(); err != nil {
+			errs = append(errs, err)
+		}
+	}
 	settled := func(ifindex int) bool { // who is served keeps its MAC; if not, the next resync finds out
 		_, is := d.applied.Links[ifindex]
 		return is && !resync
@@ -694,6 +715,7 @@ func (d *Daemon) reconcile() (err error) {
 	if changed || len(fresh) > 0 {
 		var adopted bpfmaps.Adopted
 		if len(fresh) > 0 {
+			d.inputs = nil // the flows are to be judged by new tables, whatever these say
 			// A flow that is lost is no reason to serve nobody.
 			if adopted, err = d.adopt(in, fresh); err != nil {
 				d.log.Error("take over flows from netfilter", "err", err)
@@ -702,14 +724,6 @@ func (d *Daemon) reconcile() (err error) {
 		errs = append(errs, d.apply(in, settings), d.count(adopted))
 	} else if renew {
 		errs = append(errs, d.writer.Renew())
-	}
-	// Nobody waits for this: without it, the next start begins with what the engine told before.
-	if !reflect.DeepEqual(engine, d.stored) {
-		if err := d.store.SetState(policy.SourceDocker, engine); err != nil {
-			errs = append(errs, err)
-		} else {
-			d.stored = engine
-		}
 	}
 	d.relayResumes(round, devices)
 	// What the relay holds is published; what it cannot get may be another program's.
@@ -724,43 +738,57 @@ func (d *Daemon) reconcile() (err error) {
 	if d.strict != nil {
 		errs = append(errs, d.strict.apply(d.tables, devices))
 	}
-	d.known = known
-	if resync || d.mustShow() {
+	d.known, d.owed = known, true
+	if !reflect.DeepEqual(engine, d.told) {
+		d.told, d.unstored = engine, true
+	}
+	d.mu.Lock()
+	d.published, d.closed = d.applied.Ports, d.applied.Closed
+	now := d.waiting > 0 || d.snapshot == nil
+	d.mu.Unlock()
+	if now {
 		errs = append(errs, d.writeSnapshot(known))
-	} else {
-		d.owed = true
 	}
 	return errors.Join(errs...)
 }
 
-// showOwed writes the snapshot that the last round has left, if no other has been written since.
+// showOwed writes the snapshot that the last round has left, if no other has been written since, and what
+// the next start begins with while the engine has not spoken. Rounds go on meanwhile.
 func (d *Daemon) showOwed() error {
 	d.round.Lock()
-	defer d.round.Unlock()
-	if !d.owed {
-		return nil
+	told, unstored, owed := d.told, d.unstored, d.owed
+	d.unstored = false
+	var s *api.Snapshot
+	var err error
+	if owed {
+		s, err = d.makeSnapshot(d.known)
 	}
-	return d.writeSnapshot(d.known)
+	d.writing.Lock()
+	d.round.Unlock()
+	if s != nil {
+		err = api.WriteSnapshot(d.cfg.State, s)
+	}
+	serr := error(nil)
+	if unstored {
+		serr = d.store.SetState(policy.SourceDocker, told)
+	}
+	d.writing.Unlock()
+	if err != nil || serr != nil {
+		d.round.Lock()
+		d.owed, d.unstored = d.owed || err != nil, d.unstored || serr != nil
+		d.round.Unlock()
+	}
+	return errors.Join(err, serr)
 }
 
-func (d *Daemon) owes() bool {
+// owes reports whether something is still to be shown, and how long that can wait.
+func (d *Daemon) owes() (wait time.Duration, owes bool) {
 	d.round.Lock()
 	defer d.round.Unlock()
-	return d.owed
-}
-
-// mustShow reports whether readers are to see this round's state at once. Most rounds change nothing. Where
-// the next round has its news already, that comes first, as long as readers do not wait for long.
-func (d *Daemon) mustShow() bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.waiting > 0 || d.snapshot == nil || !d.changed {
-		return d.waiting > 0 || d.snapshot == nil
+	if d.changed {
+		return showAfter, true
 	}
-	if d.changedAt.IsZero() {
-		d.changedAt = time.Now()
-	}
-	return len(d.urgent)+len(d.kick) == 0 || time.Since(d.changedAt) > showWithin
+	return showWithin, d.owed || d.unstored
 }
 
 // report logs what is wrong with the settings, each once as long as it is.
@@ -799,12 +827,25 @@ func (d *Daemon) state() (engine, all policy.State) {
 	}
 }
 
-// apply compiles and writes. Slots are remembered before they are used, so that a crash in between
-// cannot have two things share one.
+// inputs are all that tables and maps come from.
+type inputs struct {
+	policy.Intents
+	bpfmaps.Settings
+}
+
+// apply compiles and writes, unless that would be the same once more: most rounds find nothing new. Slots
+// are remembered before they are used, so that a crash in between cannot have two things share one.
 func (d *Daemon) apply(in policy.Intents, settings bpfmaps.Settings) error {
+	in.Attached = maps.Clone(in.Attached)
+	now := &inputs{in, settings}
+	if d.inputs != nil && reflect.DeepEqual(now, d.inputs) {
+		return nil
+	}
+	d.inputs = nil
 	tables, slots := policy.Compile(in, d.slots)
 	d.tables = tables
-	if !slotsEqual(slots, d.slots) {
+	same := slotsEqual(slots, d.slots)
+	if !same {
 		d.changed = true
 		if err := d.store.SetSlots(slots); err != nil {
 			return err
@@ -816,6 +857,9 @@ func (d *Daemon) apply(in policy.Intents, settings bpfmaps.Settings) error {
 		return err
 	}
 	d.slots, d.applied = slots, tables
+	if same { // else a slot that has become free may be given away now
+		d.inputs = now
+	}
 	return nil
 }
 
@@ -833,13 +877,14 @@ func (d *Daemon) guardedAlready(devices policy.Devices) {
 }
 
 // attach puts programs where they belong and takes those of pinned from where they do not. It reports
-// whether a container's interface was newly guarded.
+// whether a container's interface was newly guarded, or is no longer.
 func (d *Daemon) attach(devices policy.Devices, served map[string]bool, pinned []loader.Attachment, reported bool) (bool, error) {
 	type place struct {
 		program string
 		ifindex int
 	}
-	want := map[place]bool{{loader.FromHost, loIfindex}: true}
+	want := make(map[place]bool, 2*len(devices.Links)+len(devices.Bridges)+2*len(devices.Uplinks)+1)
+	want[place{loader.FromHost, loIfindex}] = true
 	for _, b := range devices.Bridges {
 		if served[b.Name] {
 			want[place{loader.FromBridge, b.Ifindex}] = true
@@ -874,14 +919,14 @@ func (d *Daemon) attach(devices policy.Devices, served map[string]bool, pinned [
 			}
 		}
 	}
-	attached := make(map[int]bool)
+	attached, changed := make(map[int]bool, len(devices.Links)), false
 	for _, l := range devices.Links {
 		attached[l.Ifindex] = !failed[l.Ifindex]
+		changed = changed || attached[l.Ifindex] != d.attached[l.Ifindex]
 	}
 	d.mu.Lock()
 	d.missing = errors.Join(errs...)
 	d.mu.Unlock()
-	changed := !mapsEqual(attached, d.attached)
 	d.attached = attached
 
 	// Before the engine has spoken once, its networks are only remembered: nothing is taken down.
@@ -891,7 +936,9 @@ func (d *Daemon) attach(devices policy.Devices, served map[string]bool, pinned [
 		}
 		errs = append(errs, d.loader.Detach(a.Program, a.Ifindex))
 	}
-	return changed, errors.Join(errs...)
+	err := errors.Join(errs...)
+	d.ownPins = reported && err == nil
+	return changed, err
 }
 
 // settings are the daemon's own and what the host's sysctls say; forwarding is switched on here.

@@ -34,8 +34,23 @@ func goneDevice(err error) bool {
 	return errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENXIO) || errors.Is(err, fs.ErrNotExist)
 }
 
-// writeSnapshot tells readers what the maps' slots stand for.
+// writeSnapshot tells readers what the maps' slots stand for. The caller holds d.round.
 func (d *Daemon) writeSnapshot(state policy.State) error {
+	s, err := d.makeSnapshot(state)
+	if err != nil {
+		return err
+	}
+	d.writing.Lock()
+	defer d.writing.Unlock()
+	if err := api.WriteSnapshot(d.cfg.State, s); err != nil {
+		d.owed = true
+		return err
+	}
+	return nil
+}
+
+// makeSnapshot makes what is to be written next. The caller holds d.round.
+func (d *Daemon) makeSnapshot(state policy.State) (*api.Snapshot, error) {
 	s := &api.Snapshot{
 		Version: d.cfg.Version, PID: os.Getpid(), Started: d.started, Written: time.Now(),
 		Attach: d.loader.AttachName(),
@@ -89,7 +104,7 @@ func (d *Daemon) writeSnapshot(state policy.State) error {
 	}
 	pairs, err := d.store.Allowed()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, p := range pairs {
 		s.Allowed = append(s.Allowed, api.Pair{A: shortName(p.A, state.Networks), B: shortName(p.B, state.Networks)})
@@ -103,14 +118,11 @@ func (d *Daemon) writeSnapshot(state policy.State) error {
 	slices.SortFunc(s.Endpoints, func(a, b api.Endpoint) int {
 		return cmp.Or(strings.Compare(a.Name, b.Name), strings.Compare(a.Network, b.Network))
 	})
-	if err := api.WriteSnapshot(d.cfg.State, s); err != nil {
-		return err
-	}
-	d.changed, d.owed, d.changedAt = false, false, time.Time{}
+	d.changed, d.owed = false, false
 	d.mu.Lock()
-	d.snapshot, d.published, d.closed = s, d.applied.Ports, d.applied.Closed
+	d.snapshot = s
 	d.mu.Unlock()
-	return nil
+	return s, nil
 }
 
 func (d *Daemon) sources(looked time.Time) (out []api.Source) {

@@ -20,6 +20,11 @@ const verifyEvery = 5 * time.Second
 // which a round does.
 func (d *Daemon) verify() (lost bool) {
 	v, err := d.loader.Verify()
+	if len(v.Lost) > 0 || err != nil {
+		d.round.Lock()
+		d.ownPins = false // a pin may be left of what the loader has forgotten
+		d.round.Unlock()
+	}
 	for _, a := range v.Lost {
 		if a.Hook != "cgroup" && !deviceExists(a.Ifindex) {
 			continue // gone with its device, which a round knows or will

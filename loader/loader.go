@@ -426,15 +426,15 @@ func (l *Loader) Attach(program string, ifindex int) error {
 
 func (l *Loader) attach(program string, ifindex int) error {
 	name := pinName(program, ifindex)
+	if l.has(name) {
+		return nil // and no question to the kernel: each round calls this for every device
+	}
 	prog := l.tc.Programs[program]
 	if prog == nil {
 		return fmt.Errorf("attach %s: no such program", program)
 	}
 	netkit := program == FromContainer && isNetkit(ifindex)
 	if !l.tcx && !netkit {
-		if _, ok := l.filters[name]; ok {
-			return nil
-		}
 		if err := l.opts.Classifier.AttachFilter(ifindex, isEgress(program), prog.FD(), "bpfnet_"+program); err != nil {
 			return fmt.Errorf("attach %s to device %d: %w", program, ifindex, err)
 		}
@@ -511,7 +511,10 @@ func (l *Loader) attachLink(name string, prog *ebpf.Program, attach func() (link
 func (l *Loader) Attached(program string, ifindex int) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	name := pinName(program, ifindex)
+	return l.has(pinName(program, ifindex))
+}
+
+func (l *Loader) has(name string) bool {
 	_, link := l.links[name]
 	_, filter := l.filters[name]
 	return link || filter

@@ -176,14 +176,14 @@ func readHash[K, V comparable](m *ebpf.Map, into *map[K]V) error {
 func desired(t policy.Tables) *realised {
 	d := &realised{
 		networks:  make(map[uint32]bpf.DatapathNetwork),
-		slots:     make(map[uint32]bpf.DatapathEndpoint),
+		slots:     make(map[uint32]bpf.DatapathEndpoint, len(t.Endpoints)),
 		portSlots: make(map[uint32]bpf.DatapathPortSlot),
-		addrs:     make(map[bpf.DatapathAddr]uint32),
-		links:     make(map[uint32]uint32),
+		addrs:     make(map[bpf.DatapathAddr]uint32, len(t.Addrs)),
+		links:     make(map[uint32]uint32, len(t.Links)),
 		subnets:   make(map[bpf.DatapathSubnetKey]uint32),
 		hostAddrs: make(map[bpf.DatapathAddr]bpf.DatapathHostAddr),
 		pairs:     make(map[bpf.DatapathPair]uint8),
-		ports:     make(map[bpf.DatapathPortKey]bpf.DatapathPort),
+		ports:     make(map[bpf.DatapathPortKey]bpf.DatapathPort, len(t.Ports)),
 		sources:   make(map[bpf.DatapathSourceKey]uint8),
 		masq:      make(map[uint32]bpf.DatapathMasqueradeAddr),
 		open:      make(map[bpf.DatapathOpenKey]uint32),

@@ -197,9 +197,9 @@ func Compile(in Intents, last Slots) (Tables, Slots) {
 
 	t := Tables{
 		Networks:   make(map[uint16]NetworkRow),
-		Endpoints:  make(map[uint16]EndpointRow),
-		Addrs:      make(map[netip.Addr]uint16),
-		Links:      make(map[int]uint16),
+		Endpoints:  make(map[uint16]EndpointRow, len(endpoints)),
+		Addrs:      make(map[netip.Addr]uint16, 2*len(endpoints)),
+		Links:      make(map[int]uint16, len(endpoints)),
 		Subnets:    make(map[netip.Prefix]uint16),
 		HostAddrs:  make(map[netip.Addr]int),
 		Pairs:      make(map[[2]uint16]struct{}),
@@ -258,7 +258,7 @@ func Compile(in Intents, last Slots) (Tables, Slots) {
 	for _, l := range in.Devices.Links {
 		links[seat{l.Bridge, l.PeerMAC}] = l
 	}
-	targets := make(map[string]Endpoint)
+	targets := make(map[string]Endpoint, len(endpoints))
 	for _, e := range endpoints {
 		slot, ok := slots.Endpoints[e.ID]
 		if !ok {
