@@ -80,20 +80,51 @@ static long settle(void *map __attribute__((unused)), __u32 *key __attribute__((
 	return 0;
 }
 
+static __always_inline bool flow_over(const struct sweep *s, const struct flow *f, __u8 proto,
+				      const bool v6)
+{
+	if (s->purge && flow_orphaned(f))
+		return true;
+	return s->cfg &&
+	       flow_expired(s->cfg, proto, f, flow_partner(f, proto, v6), s->now, s->pressure[v6]);
+}
+
+static __always_inline void sweep_flow(struct sweep *s, const void *key, const struct flow *f,
+				       __u8 proto, const bool v6)
+{
+	__u32 slot;
+	bool held;
+
+	if (!flow_over(s, f, proto, v6))
+		goto live;
+	slot = takeover_slot(key, f, v6);
+	held = takeover_begin(slot);
+	/* Somebody takes its tuple right now. What is gone must be gone, though, before its slot is used. */
+	if (!held && !s->purge)
+		goto live;
+	/* Again: by now it may be another's, or a packet may have come. */
+	f = bpf_map_lookup_elem(flow_table(v6), key);
+	if (f && flow_over(s, f, proto, v6)) {
+		flow_delete_pair(key, f, v6);
+		s->args.deleted[v6]++;
+	} else if (f) {
+		s->args.live[v6]++;
+		sweep_count(s, f);
+	}
+	if (held)
+		takeover_end(slot);
+	return;
+live:
+	s->args.live[v6]++;
+	sweep_count(s, f);
+}
+
 static long sweep_flow4(void *map __attribute__((unused)), struct flow4_key *key, struct flow4 *f,
 			struct sweep *s)
 {
 	struct flow4_key k = *key;
-	struct flow *g = flow_partner(&f->f, k.proto, false);
 
-	if ((s->purge && flow_orphaned(&f->f)) ||
-	    (s->cfg && flow_expired(s->cfg, k.proto, &f->f, g, s->now, s->pressure[0]))) {
-		flow_delete_pair(&k, &f->f, false);
-		s->args.deleted[0]++;
-	} else {
-		s->args.live[0]++;
-		sweep_count(s, &f->f);
-	}
+	sweep_flow(s, &k, &f->f, k.proto, false);
 	return 0;
 }
 
@@ -101,16 +132,8 @@ static long sweep_flow6(void *map __attribute__((unused)), struct flow6_key *key
 			struct sweep *s)
 {
 	struct flow6_key k = *key;
-	struct flow *g = flow_partner(&f->f, k.proto, true);
 
-	if ((s->purge && flow_orphaned(&f->f)) ||
-	    (s->cfg && flow_expired(s->cfg, k.proto, &f->f, g, s->now, s->pressure[1]))) {
-		flow_delete_pair(&k, &f->f, true);
-		s->args.deleted[1]++;
-	} else {
-		s->args.live[1]++;
-		sweep_count(s, &f->f);
-	}
+	sweep_flow(s, &k, &f->f, k.proto, true);
 	return 0;
 }
 

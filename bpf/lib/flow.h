@@ -96,6 +96,34 @@ struct {
 	__type(value, struct scratch);
 } scratch SEC(".maps");
 
+#define MAX_TAKEOVERS 1024 /* a power of two */
+
+/*
+ * Finished flows that somebody is about to delete, by both keys' hash: locks that are only tried. Whoever
+ * deletes looks again behind the lock, so that nobody deletes what another has just put there.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, MAX_TAKEOVERS);
+	__type(key, __u32);
+	__type(value, __u32);
+} takeovers SEC(".maps");
+
+static __always_inline bool takeover_begin(__u32 slot)
+{
+	__u32 *lock = bpf_map_lookup_elem(&takeovers, &slot);
+
+	return lock && !__sync_val_compare_and_swap(lock, 0, 1);
+}
+
+static __always_inline void takeover_end(__u32 slot)
+{
+	__u32 *lock = bpf_map_lookup_elem(&takeovers, &slot);
+
+	if (lock)
+		__sync_lock_test_and_set(lock, 0);
+}
+
 /* The expiry that runs when nobody asked for one: with the daemon dead, or when a table fills up. */
 struct gc {
 	struct bpf_timer timer;
@@ -238,6 +266,28 @@ static __always_inline void partner_key6(struct flow6_key *k, const struct flow6
 	k->pad = 0;
 }
 
+/* Slot of the flow's lock in takeovers; the same for both directions. key must be another copy than the map's own. */
+static __always_inline __u32 takeover_slot(const void *key, const struct flow *f, const bool v6)
+{
+	__u32 addrs, ports;
+
+	if (v6) {
+		const struct flow6_key *k = key;
+		const struct flow6 *f6 = (const struct flow6 *)f;
+
+		addrs = k->saddr.w[3] + k->daddr.w[3] + f6->saddr.w[3] + f6->daddr.w[3];
+		ports = (__u32)k->sport + k->dport + f->sport + f->dport;
+	} else {
+		const struct flow4_key *k = key;
+		const struct flow4 *f4 = (const struct flow4 *)f;
+
+		addrs = k->saddr + k->daddr + f4->saddr + f4->daddr;
+		ports = (__u32)k->sport + k->dport + f->sport + f->dport;
+	}
+	addrs ^= ports * 0x9e3779b1; /* 2^32 over the golden ratio */
+	return (addrs ^ addrs >> 10 ^ addrs >> 20) & (MAX_TAKEOVERS - 1);
+}
+
 static __always_inline struct flow *flow_partner(const struct flow *f, __u8 proto, const bool v6)
 {
 	if (!flow_out(f))
@@ -325,7 +375,9 @@ static __always_inline bool flow_expired(const struct config *cfg, __u8 proto, c
 	/* An established flow is shortened only by the harder step: it is a user's. */
 	if (pressure && limit == cfg->timeouts.tcp_established)
 		pressure = pressure > 2 ? 2 : 0;
-	return (__s32)(now - last) > (__s32)(limit >> pressure);
+	limit >>= pressure;
+	/* A packet in each tick keeps any flow. */
+	return (__s32)(now - last) > (__s32)(limit ?: 1);
 }
 
 /*
@@ -621,6 +673,7 @@ static __always_inline int flow_take_reverse_of(struct scratch *s, const bool v6
 	void *table = flow_table(v6), *key, *value, *partner;
 	struct flow *held, *g;
 	bool same;
+	__u32 slot;
 	int err; /* not long: map helpers before Linux 6.4 leave the upper half of a negative number 0 */
 
 	if (!cfg)
@@ -661,10 +714,21 @@ static __always_inline int flow_take_reverse_of(struct scratch *s, const bool v6
 		g = flow_out(held) ? bpf_map_lookup_elem(table, partner) : NULL;
 		if (!flow_reusable(cfg, p->proto, held, g, ticks(), v6))
 			return -EEXIST;
-		flow_delete_halves(key, g ? partner : NULL, held, v6);
-		err = bpf_map_update_elem(table, key, value, BPF_NOEXIST);
-		if (!err)
-			gauge_add(v6, 1);
+		slot = takeover_slot(key, held, v6);
+		if (!takeover_begin(slot))
+			return -EEXIST;
+		/* Again: another CPU may have been faster. */
+		err = -EEXIST;
+		held = bpf_map_lookup_elem(table, key);
+		g = held && flow_out(held) ? bpf_map_lookup_elem(table, partner) : NULL;
+		if (held && takeover_slot(key, held, v6) == slot &&
+		    flow_reusable(cfg, p->proto, held, g, ticks(), v6)) {
+			flow_delete_halves(key, g ? partner : NULL, held, v6);
+			err = bpf_map_update_elem(table, key, value, BPF_NOEXIST);
+			if (!err)
+				gauge_add(v6, 1);
+		}
+		takeover_end(slot);
 		return err;
 	}
 	/* Our own half of a flow whose other half is gone, or another CPU's just now. */
