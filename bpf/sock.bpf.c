@@ -34,7 +34,7 @@ char _license[] SEC("license") = "Dual BSD/GPL";
 struct sock_mark {
 	struct sock_peer_key peer; /* the last that was remembered; port 0: none */
 	struct reservation_key reserved; /* port 0: none */
-	__u32 pad;
+	__u32 device_port; /* that it counts for in device_sockets; 0: none */
 };
 MAP(BPF_MAP_TYPE_SK_STORAGE, sock_marks, int, struct sock_mark, 0, BPF_F_NO_PREALLOC);
 
@@ -317,6 +317,30 @@ static __always_inline bool is_held(struct bpf_sock_addr *ctx, const struct addr
 	return c.held;
 }
 
+/*
+ * Counts a socket that has a masquerade port and is bound to a device. The lookup in a container's packet
+ * does not find those, as it asks for the device of the container; and bind's hook does not show the device.
+ */
+static __always_inline void note_device(struct bpf_sock_addr *ctx)
+{
+	const struct port_class *class;
+	struct sock_mark *mark;
+	struct bpf_sock *sk = ctx->sk;
+	__u32 *count, port;
+
+	port = sk->src_port;
+	if (!sk->bound_dev_if || !port)
+		return;
+	class = find_class();
+	if (!class || !(class->ports[port_index(bpf_htons(port))] & PORT_SNAT) ||
+	    !is_host(bpf_get_netns_cookie(ctx)))
+		return;
+	mark = bpf_sk_storage_get(&sock_marks, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	count = bpf_map_lookup_elem(&device_sockets, &port);
+	if (mark && count && !__sync_val_compare_and_swap(&mark->device_port, 0, port))
+		__sync_fetch_and_add(count, 1);
+}
+
 /* What the kernel itself says of a tuple that another socket has. */
 static __always_inline int refuse(void)
 {
@@ -332,6 +356,7 @@ int sock_connect4(struct bpf_sock_addr *ctx)
 	if (is_candidate(ctx) && redirect4(ctx, ctx->sk->src_ip4))
 		return LEAVE;
 	if (ctx->sk->src_port) {
+		note_device(ctx);
 		map_ip4(&src, ctx->sk->src_ip4);
 		map_ip4(&dst, ctx->user_ip4);
 		if (is_held(ctx, &src, &dst))
@@ -352,6 +377,7 @@ int sock_connect6(struct bpf_sock_addr *ctx)
 	if (is_candidate(ctx) && redirect6(ctx, &src, true))
 		return LEAVE;
 	if (ctx->sk->src_port) {
+		note_device(ctx);
 		read_ip6(&dst, ctx);
 		if (is_held(ctx, &src, &dst))
 			return refuse();
@@ -366,8 +392,17 @@ int sock_connect6(struct bpf_sock_addr *ctx)
 SEC("cgroup/sendmsg4")
 int sock_sendmsg4(struct bpf_sock_addr *ctx)
 {
-	if (is_candidate(ctx))
-		redirect4(ctx, ctx->msg_src_ip4);
+	struct addr src, dst;
+
+	if (is_candidate(ctx) && redirect4(ctx, ctx->msg_src_ip4))
+		return LEAVE;
+	if (ctx->sk->src_port) {
+		note_device(ctx);
+		map_ip4(&src, ctx->msg_src_ip4);
+		map_ip4(&dst, ctx->user_ip4);
+		if (is_held(ctx, &src, &dst))
+			return refuse();
+	}
 	return LEAVE;
 }
 
@@ -378,15 +413,22 @@ int sock_sendmsg4(struct bpf_sock_addr *ctx)
 SEC("cgroup/sendmsg6")
 int sock_sendmsg6(struct bpf_sock_addr *ctx)
 {
-	struct addr src;
+	struct addr src, dst;
 
-	if (!is_candidate(ctx) || is_link_local(ctx->user_ip6[0]))
+	if ((!is_candidate(ctx) && !ctx->sk->src_port) || is_link_local(ctx->user_ip6[0]))
 		return LEAVE;
 	src.w[0] = ctx->msg_src_ip6[0];
 	src.w[1] = ctx->msg_src_ip6[1];
 	src.w[2] = ctx->msg_src_ip6[2];
 	src.w[3] = ctx->msg_src_ip6[3];
-	redirect6(ctx, &src, false);
+	if (is_candidate(ctx) && redirect6(ctx, &src, false))
+		return LEAVE;
+	if (ctx->sk->src_port) {
+		note_device(ctx);
+		read_ip6(&dst, ctx);
+		if (is_held(ctx, &src, &dst))
+			return refuse();
+	}
 	return LEAVE;
 }
 
@@ -580,10 +622,14 @@ int sock_release(struct bpf_sock *ctx)
 	struct port_class *class = find_class();
 	struct reservation_key key;
 	struct reservation *r;
-	__u32 port;
+	__u32 port, *count;
 
 	if (!mark || !class)
 		return LEAVE;
+	port = mark->device_port;
+	count = port ? bpf_map_lookup_elem(&device_sockets, &port) : NULL;
+	if (count)
+		__sync_fetch_and_add(count, -1);
 	if (mark->peer.port)
 		bpf_map_delete_elem(&sock_peers, &mark->peer);
 	key = mark->reserved;

@@ -47,6 +47,8 @@ MAP(BPF_MAP_TYPE_ARRAY, endpoint_flows, __u32, struct endpoint_flows, MAX_ENDPOI
 MAP(BPF_MAP_TYPE_LRU_HASH, frags, struct frag_key, struct frag, 8192, 0);
 MAP(BPF_MAP_TYPE_HASH, reservations, struct reservation_key, struct reservation, 65536,
     BPF_F_NO_PREALLOC);
+/* Sockets of the host on a masquerade port that are bound to a device, by port: no lookup finds them there. */
+MAP(BPF_MAP_TYPE_ARRAY, device_sockets, __u32, __u32, 65536, 0);
 MAP(BPF_MAP_TYPE_LRU_HASH, sock_peers, struct sock_peer_key, struct sock_peer, 65536, 0);
 
 /* Counters: per CPU and monotonic. */

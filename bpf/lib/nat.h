@@ -199,9 +199,12 @@ static __always_inline bool host_socket_owns(struct __sk_buff *skb, struct scrat
 	const struct packet *p = &s->packet;
 	const struct plan *n = &s->plan;
 	struct bpf_sock_tuple *t = &s->tuple;
+	__u32 size, number = bpf_ntohs(port), *bound;
 	struct bpf_sock *sk;
-	__u32 size;
 
+	bound = bpf_map_lookup_elem(&device_sockets, &number);
+	if (bound && *bound)
+		return true;
 	if (v6) {
 		__builtin_memcpy(t->ipv6.saddr, &n->daddr, sizeof(t->ipv6.saddr));
 		__builtin_memcpy(t->ipv6.daddr, &n->saddr, sizeof(t->ipv6.daddr));
