@@ -9,6 +9,7 @@ package bpf_test
 
 import (
 	"bufio"
+	"bytes"
 	"flag"
 	"fmt"
 	"maps"
@@ -134,6 +135,7 @@ const (
 	tooBig        = bpf.DatapathReasonREASON_TOO_BIG
 	unsupported   = bpf.DatapathReasonREASON_UNSUPPORTED
 	noRoute       = bpf.DatapathReasonREASON_NO_ROUTE
+	spoofedRouter = bpf.DatapathReasonREASON_SPOOFED_ROUTER
 )
 
 // Who may send what where, from a container.
@@ -228,6 +230,16 @@ func TestFromContainer(t *testing.T) {
 			h.fromCase("error to the host", alice, packet.ICMPError(a, f.gateway(netOne), f.unreach, 3, packet.UDP(at(f.gateway(netOne), 9), at(a, 9)), toGateway(alice)),
 				actPass, toStack, nil),
 			h.fromCase("error to a neighbour", alice, packet.ICMPError(a, b, f.unreach, 3, packet.UDP(at(b, 9), at(a, 9)), toNeighbour(alice, bob)), actPass, toBridge, nil),
+			h.fromCase("error about the host's own flow", alice, packet.ICMPError(a, f.host, f.unreach, 3, packet.UDP(at(f.host, 5353), at(f.client2, 53)), toGateway(alice)),
+				actShot, dropped(noFlow, "container"), nil),
+			h.fromCase("error about a neighbour's flow", alice, packet.ICMPError(a, b, f.unreach, 3, packet.UDP(at(b, 5353), at(f.client2, 53)), toNeighbour(alice, bob)),
+				actShot, dropped(noFlow, "container"), nil),
+			h.fromCase("error about a neighbour's flow, too big", alice, packet.ICMPError(a, b, f.tooBig, f.tooBigCode, packet.TCP(at(b, 5353), at(f.addr(carol), 53)), toNeighbour(alice, bob)),
+				actShot, dropped(noFlow, "container"), nil),
+			h.fromCase("error about a neighbour's flow, in a broadcast frame", alice, packet.ICMPError(a, b, f.unreach, 3, packet.UDP(at(b, 5353), at(f.client2, 53)), packet.MAC(macOf(alice), broadcast)),
+				actShot, dropped(noFlow, "container"), nil),
+			h.fromCase("error that quotes another's packet", alice, packet.ICMPError(a, b, f.unreach, 3, packet.UDP(at(f.addr(carol), 5353), at(a, 53)), toNeighbour(alice, bob)),
+				actShot, dropped(noFlow, "container"), nil),
 			h.fromCase("broadcast frame", alice, packet.UDP(at(a, 68), at(b, 67), packet.MAC(macOf(alice), broadcast)), actPass, toBridge, nil),
 			h.fromCase("SCTP to a neighbour", alice, packet.SCTP(at(a, 40000), at(b, 80), toNeighbour(alice, bob)), actRedirect, toContainer, nil),
 			h.fromCase("SCTP published", carol, packet.SCTP(at(c, 40000), at(f.host, pubSCTP), toGateway(carol)), actRedirect, toContainer,
@@ -630,9 +642,9 @@ func TestLink(t *testing.T) {
 	a, b, q := f6.addr(alice), f6.addr(bob), f4.addr(quinn)
 	linkLocal := ip("fe80::42:acff:fe00:101") // alice's, EUI-64
 	const echoRequest = 128                   // echo request
-	nd := func(typ uint8, src, dst, target netip.Addr, ttl uint8, mac packet.Option) []byte {
+	nd := func(typ uint8, src, dst, target netip.Addr, ttl uint8, mac packet.Option, options ...byte) []byte {
 		// ICMPv6 error messages have the same shape: four bytes of rest, here flags, then the body.
-		frame := packet.ICMPEcho(src, dst, 0, 0, mac, packet.TTL(ttl), packet.Payload(target.AsSlice()))
+		frame := packet.ICMPEcho(src, dst, 0, 0, mac, packet.TTL(ttl), packet.Payload(append(target.AsSlice(), options...)))
 		// The type is the high byte of a summed word: down there, up here by as much.
 		frame[54] = typ
 		d := (int(echoRequest) - int(typ)) << 8
@@ -647,6 +659,8 @@ func TestLink(t *testing.T) {
 	}
 	lldpQuiet := append(append(append([]byte{}, broadcast...), macOf(quinn)...), 0x88, 0xcc, 1, 2, 3, 4)
 	group := ip("ff02::1")
+	link := func(kind byte, slot int) []byte { return append([]byte{kind, 1}, macOf(slot)...) }
+	harmless := []byte{14, 1, 0, 0, 0, 0, 0, 0} // a nonce, RFC 3971
 	toGroup := packet.MAC(macOf(alice), []byte{0x33, 0x33, 0, 0, 0, 1})
 	h.check(t, []packetCase{
 		h.fromCase("ARP request", alice, packet.ARP(f4.addr(alice), f4.addr(bob), false, packet.MAC(macOf(alice), broadcast)), actPass, toBridge, nil),
@@ -676,6 +690,31 @@ func TestLink(t *testing.T) {
 		h.fromCase("ND to a neighbour before it is ready", late, nd(135, f6.addr(late), f6.addr(carol), f6.addr(carol), 255, toGateway(late)), actShot, dropped(notReady, "container"), nil),
 		h.fromCase("IPv4 in IPv6's clothes, source", alice, packet.UDP(at(asMapped(f4.addr(alice)), 1), at(b, 2), toNeighbour(alice, bob)), actShot, dropped(malformed, "container"), nil),
 		h.fromCase("IPv4 in IPv6's clothes, destination", alice, packet.UDP(at(a, 1), at(asMapped(f4.addr(bob)), 2), toNeighbour(alice, bob)), actShot, dropped(malformed, "container"), nil),
+		h.fromCase("detection of another's address", alice, packet.NeighborSolicit(f6.unspecified, b, toGroup), actShot, dropped(spoofed, "container"), nil),
+		h.fromCase("detection of the gateway's address", alice, packet.NeighborSolicit(f6.unspecified, f6.gateway(netOne), toGroup), actShot, dropped(spoofed, "container"), nil),
+		h.fromCase("advertisement with its MAC", alice, nd(136, a, b, a, 255, toNeighbour(alice, bob), link(2, alice)...), actPass, toBridge, nil),
+		h.fromCase("advertisement with another's MAC", alice, nd(136, a, b, a, 255, toNeighbour(alice, bob), link(2, bob)...), actShot, dropped(spoofedMAC, "container"), nil),
+		h.fromCase("solicitation with another's MAC", alice, nd(135, a, b, b, 255, toNeighbour(alice, bob), link(1, bob)...), actShot, dropped(spoofedMAC, "container"), nil),
+		h.fromCase("solicitation with another's MAC behind its own", alice, nd(135, a, b, b, 255, toNeighbour(alice, bob), append(link(1, alice), link(1, bob)...)...),
+			actShot, dropped(spoofedMAC, "container"), nil),
+		h.fromCase("solicitation with other options", alice, nd(135, a, b, b, 255, toNeighbour(alice, bob), append(slices.Clone(harmless), link(1, alice)...)...), actPass, toBridge, nil),
+		h.fromCase("solicitation with an empty option", alice, nd(135, a, b, b, 255, toNeighbour(alice, bob), 1, 0, 0, 0, 0, 0, 0, 0), actShot, dropped(malformed, "container"), nil),
+		h.fromCase("solicitation with very many options", alice, nd(135, a, b, b, 255, toNeighbour(alice, bob), append(bytes.Repeat(harmless, 8), link(1, bob)...)...),
+			actShot, dropped(malformed, "container"), nil),
+		h.fromCase("router solicitation", alice, nd(133, linkLocal, ip("ff02::2"), linkLocal, 255, toGroup), actPass, toBridge, nil),
+		h.fromCase("router advertisement", alice, nd(134, linkLocal, group, group, 255, toGroup), actShot, dropped(spoofedRouter, "container"), nil),
+		h.fromCase("router advertisement to a neighbour", alice, nd(134, linkLocal, b, b, 255, toNeighbour(alice, bob)), actShot, dropped(spoofedRouter, "container"), nil),
+		h.fromCase("redirect", alice, nd(137, linkLocal, b, b, 255, toNeighbour(alice, bob)), actShot, dropped(spoofedRouter, "container"), nil),
+		h.fromCase("router advertisement before it is ready", late, nd(134, ip("fe80::42:acff:fe00:103"), group, group, 255, packet.MAC(macOf(late), broadcast)),
+			actShot, dropped(spoofedRouter, "container"), nil),
+		h.fromCase("ARP for another's address before it is ready", late, packet.ARP(f4.addr(bob), f4.addr(alice), true, toNeighbour(late, alice)), actShot, dropped(spoofed, "container"), nil),
+		h.fromCase("ARP for the gateway before it is ready", late, packet.ARP(f4.gateway(netOne), f4.addr(alice), true, toNeighbour(late, alice)), actShot, dropped(spoofed, "container"), nil),
+		h.fromCase("ARP from another MAC before it is ready", late,
+			append(append(append([]byte{}, macOf(alice)...), macOf(late)...), packet.ARP(f4.addr(late), f4.addr(alice), true, toNeighbour(bob, alice))[12:]...),
+			actShot, dropped(spoofedMAC, "container"), nil),
+		h.fromCase("advertisement of its own before it is ready", late, nd(136, f6.addr(late), group, f6.addr(late), 255, packet.MAC(macOf(late), broadcast)), actPass, toBridge, nil),
+		h.fromCase("advertisement for another before it is ready", late, nd(136, f6.addr(late), group, b, 255, packet.MAC(macOf(late), broadcast)), actShot, dropped(spoofed, "container"), nil),
+		h.fromCase("solicitation as another before it is ready", late, nd(135, b, group, a, 255, packet.MAC(macOf(late), broadcast)), actShot, dropped(spoofed, "container"), nil),
 		h.fromCase("MLD report", alice, nd(131, linkLocal, group, group, 1, toGroup), actPass, toBridge, nil),
 		h.uplinkCase("ND to a container", nd(135, f6.client, a, a, 255, fromOutside), actShot, dropped(directAccess, "uplink"), nil),
 		h.uplinkCase("ND to the host", nd(135, f6.client, f6.host, f6.host, 255, fromOutside), actPass, "", nil),
@@ -707,6 +746,14 @@ func TestLink(t *testing.T) {
 		h.fromCase("LLDP with icc off", quinn, lldpQuiet, actShot, dropped(iccDisabled, "container"), nil),
 		h.fromCase("LLDP from another MAC", bob, lldp, actShot, dropped(spoofedMAC, "container"), nil),
 		h.fromCase("LLDP before it is ready", late, lldp, actShot, dropped(notReady, "container"), nil),
+	})
+	// Who may send from any address is a router.
+	h.t = t
+	h.put("allowed_sources", bpf.DatapathSourceKey{Prefixlen: 32, Endpoint: alice}, uint8(1))
+	h.check(t, []packetCase{
+		h.fromCase("router advertisement of a router", alice, nd(134, linkLocal, group, group, 255, toGroup), actPass, toBridge, nil),
+		h.fromCase("router advertisement of another", bob, nd(134, ip("fe80::42:acff:fe00:102"), group, group, 255, packet.MAC(macOf(bob), broadcast)),
+			actShot, dropped(spoofedRouter, "container"), nil),
 	})
 }
 
@@ -1021,6 +1068,15 @@ func TestMalformed(t *testing.T) {
 					return b
 				}
 				b[14] = 0x44
+				return b
+			},
+			"fragment beyond the largest datagram": func(b []byte) []byte {
+				if f.v6 {
+					b[20] = unix.IPPROTO_FRAGMENT
+					b[54], b[55], b[56], b[57] = unix.IPPROTO_TCP, 0, 0xff, 0xf8
+					return b
+				}
+				b[20], b[21] = 0x1f, 0xff
 				return b
 			},
 			"header length beyond the packet": func(b []byte) []byte {

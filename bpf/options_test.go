@@ -288,6 +288,10 @@ func TestDirectRouting(t *testing.T) {
 			h.reset()
 			h.expect("in", actRedirect, published, func() result { return h.uplink(in(openPort)) })
 			h.bump()
+			h.expect("an error about it, after another policy", actRedirect, toUplink, func() result {
+				return h.from(alice, packet.ICMPError(a, f.client, f.unreach, 3, packet.TCP(client, at(a, openPort)), toGateway(alice)))
+			})
+			h.bump()
 			h.expect("its answer, after another policy", actRedirect, toUplink, func() result {
 				return h.from(alice, packet.TCP(at(a, openPort), client, toGateway(alice), packet.Flags("SA")))
 			})

@@ -41,16 +41,110 @@ static __always_inline int drop_from(struct __sk_buff *skb, __u32 slot, __u32 re
 }
 
 /*
- * Anything but IP. ARP keeps the link alive before the endpoint is READY, but never speaks for
- * another; the rest is the link's, where neighbours may talk.
+ * Whether the interface may claim the address to its neighbours: its endpoint's own, and before that is
+ * READY any that is nobody else's.
  */
-static __always_inline int container_link(struct __sk_buff *skb, const struct packet *p,
-					  __be16 proto)
+static __always_inline bool speaks_for(struct __sk_buff *skb, struct endpoint *ep, __u32 slot,
+				       struct addr *a, const bool v6)
+{
+	struct endpoint *other;
+	struct addr k = *a; /* a key must not be an argument before 6.2 */
+
+	if (ep)
+		return owns_address(ep, slot, a, v6);
+	other = endpoint_get(endpoint_by_addr(&k));
+	return other ? other->ifindex == skb->ifindex : !bpf_map_lookup_elem(&host_addrs, &k);
+}
+
+/* Options of a neighbour discovery message that are looked at; the kernel sends two at most. */
+#define MAX_NEIGHBOUR_OPTIONS 8
+
+/*
+ * What neighbour discovery (RFC 4861) may not say: for another's address, with another's MAC, or as a
+ * router. Who may send from any address (allowed ::/0) is one. 0 or a reason.
+ */
+static __always_inline int neighbour_reason(struct __sk_buff *skb, struct endpoint *ep, __u32 slot)
+{
+	struct scratch *s = scratch_get();
+	struct source_key any = { .prefixlen = 160 };
+	struct addr target;
+	struct packet *p;
+	__u32 off, end;
+	__u8 type = 0, option[8], *mac;
+
+	if (!s)
+		return REASON_NOT_READY;
+	p = &s->packet;
+	if (p->proto != IPPROTO_ICMPV6)
+		return 0;
+	if (!ep && !addr_is_zero(&p->saddr) && !speaks_for(skb, ep, slot, &p->saddr, true))
+		return REASON_SPOOFED_ADDRESS;
+	if (bpf_skb_load_bytes(skb, p->l4, &type, 1))
+		return REASON_MALFORMED;
+	off = p->l4 + sizeof(struct icmp_header);
+	switch (type) {
+	case ICMPV6_ROUTER_ADVERTISEMENT:
+	case ICMPV6_REDIRECT:
+		any.endpoint = slot;
+		return ep && bpf_map_lookup_elem(&allowed_sources, &any) ? 0 :
+									   REASON_SPOOFED_ROUTER;
+	case ICMPV6_ROUTER_SOLICITATION:
+		break;
+	case ICMPV6_NEIGHBOUR_SOLICITATION:
+	case ICMPV6_NEIGHBOUR_ADVERTISEMENT:
+		if (bpf_skb_load_bytes(skb, off, &target, sizeof(target)))
+			return REASON_MALFORMED;
+		/* A solicitation from nowhere claims its target (RFC 4862 5.4). */
+		if ((type == ICMPV6_NEIGHBOUR_ADVERTISEMENT || addr_is_zero(&p->saddr)) &&
+		    !speaks_for(skb, ep, slot, &target, true))
+			return REASON_SPOOFED_ADDRESS;
+		off += sizeof(target);
+		break;
+	default:
+		return 0;
+	}
+	mac = ep ? ep->mac : p->smac;
+	end = (__u32)p->l4 + p->l4_len;
+	for (int i = 0; i < MAX_NEIGHBOUR_OPTIONS; i++) {
+		if (off + sizeof(option) > end)
+			return 0;
+		if (bpf_skb_load_bytes(skb, off, option, sizeof(option)) || !option[1])
+			return REASON_MALFORMED;
+		/* Source or target link-layer address. */
+		if ((option[0] == 1 || option[0] == 2) && !mac_equal(option + 2, mac))
+			return REASON_SPOOFED_MAC;
+		off += option[1] * 8;
+	}
+	return off + sizeof(option) > end ? 0 : REASON_MALFORMED;
+}
+
+/* Drops neighbour discovery that lies: not 0. */
+__noinline int neighbour_lies(struct __sk_buff *skb)
 {
 	__u32 slot = 0;
 	struct endpoint *ep = endpoint_of_link(skb->ifindex, &slot);
+	int reason = neighbour_reason(skb, ep, slot);
+
+	if (reason)
+		drop_from(skb, slot, reason);
+	return reason;
+}
+
+/*
+ * Anything but IP. ARP keeps the link alive before the endpoint is READY, but never speaks for
+ * another; the rest is the link's, where neighbours may talk. Not in line, for the stack's sake.
+ */
+__noinline int container_link(struct __sk_buff *skb, __be16 proto)
+{
+	struct scratch *s = scratch_get();
+	__u32 slot = 0;
+	struct endpoint *ep = endpoint_of_link(skb->ifindex, &slot);
+	struct packet *p;
 	struct network *net;
 
+	if (!s)
+		return drop_from(skb, slot, REASON_NOT_READY);
+	p = &s->packet;
 	if (proto == bpf_htons(ETH_P_ARP)) {
 		struct arp *arp = header(skb, sizeof(struct ethhdr), sizeof(*arp));
 		struct addr sender;
@@ -58,13 +152,11 @@ static __always_inline int container_link(struct __sk_buff *skb, const struct pa
 
 		if (!arp)
 			return drop_from(skb, slot, REASON_MALFORMED);
-		if (!ep)
-			return to_bridge(skb);
-		if (!mac_equal(arp->sender_mac, ep->mac) || !mac_equal(p->smac, ep->mac))
+		if (!mac_equal(arp->sender_mac, p->smac) || (ep && !mac_equal(p->smac, ep->mac)))
 			return drop_from(skb, slot, REASON_SPOOFED_MAC);
 		__builtin_memcpy(&ip, arp->sender_ip, 4);
 		addr_from_v4(&sender, ip);
-		if (ip && !owns_address(ep, slot, &sender, false))
+		if (ip && !speaks_for(skb, ep, slot, &sender, false))
 			return drop_from(skb, slot, REASON_SPOOFED_ADDRESS);
 		return to_bridge(skb);
 	}
@@ -249,20 +341,54 @@ static __always_inline int flow_renew(struct __sk_buff *skb, struct flow *f, str
 	return 1;
 }
 
+__noinline int read_quoted4(struct __sk_buff *skb)
+{
+	struct scratch *s = scratch_get();
+
+	return s ? parse_quoted(skb, s, false) : -1;
+}
+
+__noinline int read_quoted6(struct __sk_buff *skb)
+{
+	struct scratch *s = scratch_get();
+
+	return s ? parse_quoted(skb, s, true) : -1;
+}
+
+static __always_inline void read_quoted(struct __sk_buff *skb, struct scratch *s, const bool v6)
+{
+	s->quoted.readable = !(v6 ? read_quoted6(skb) : read_quoted4(skb));
+}
+
 /* The flow of its own sandbox that a container's ICMP error is about, or NULL. */
-static __always_inline struct flow *container_quoted_flow(struct __sk_buff *skb, struct scratch *s,
+static __always_inline struct flow *container_quoted_flow(struct scratch *s,
 							  const struct endpoint *ep, const bool v6)
 {
 	struct endpoint *owner;
 	struct flow *f;
 
-	if (parse_quoted(skb, s, v6))
+	if (!s->quoted.readable)
 		return NULL;
 	f = quoted_flow(s, HOOK_CONTAINER, v6);
 	if (!f || !flow_out(f))
 		return NULL;
 	owner = endpoint_get(f->endpoint);
 	return owner && owner->sandbox == ep->sandbox ? f : NULL;
+}
+
+/* Makes the packet one of the flow that the error is about, in the error's direction; s->error is the error. */
+static __always_inline void packet_from_quoted(struct scratch *s)
+{
+	const struct packet *q = &s->quoted.p;
+	struct packet *p = &s->packet;
+
+	s->error = *p;
+	p->saddr = q->daddr;
+	p->daddr = q->saddr;
+	p->sport = q->dport;
+	p->dport = q->sport;
+	p->proto = q->proto;
+	p->flags &= ~PACKET_ICMP_ERROR;
 }
 
 /* The first packet of a flow, or one that needs another look. A verdict. */
@@ -279,10 +405,10 @@ static __always_inline int container_slow(struct __sk_buff *skb, struct scratch 
 	int err;
 
 	if (!ep) {
-		if (p->flags & PACKET_NEIGHBOUR &&
-		    (addr_is_multicast(&p->daddr, v6) || addr_is_link_local(&p->daddr, v6)))
-			return to_bridge(skb);
-		return drop_from(skb, slot, REASON_NOT_READY);
+		if (!(p->flags & PACKET_NEIGHBOUR) ||
+		    !(addr_is_multicast(&p->daddr, v6) || addr_is_link_local(&p->daddr, v6)))
+			return drop_from(skb, slot, REASON_NOT_READY);
+		return to_bridge(skb);
 	}
 	net = network_get(ep->net);
 	if (!cfg || !class || !net)
@@ -296,24 +422,19 @@ static __always_inline int container_slow(struct __sk_buff *skb, struct scratch 
 	if (addr_is_loopback(&p->daddr, v6) || addr_is_this_network(&p->daddr, v6))
 		return drop_from(skb, slot, REASON_LOOPBACK_ADDRESS);
 	if (p->flags & PACKET_NEIGHBOUR) {
-		/* A neighbour advertisement speaks only for its sender, RFC 4861 4.4. */
-		if (v6 && p->proto == IPPROTO_ICMPV6) {
-			struct addr target;
-			__u8 type = 0;
-
-			if (bpf_skb_load_bytes(skb, p->l4, &type, 1))
-				return drop_from(skb, slot, REASON_MALFORMED);
-			if (type == ICMPV6_NEIGHBOUR_ADVERTISEMENT &&
-			    (bpf_skb_load_bytes(skb, p->l4 + 8, &target, sizeof(target)) ||
-			     !owns_address(ep, slot, &target, v6)))
-				return drop_from(skb, slot, REASON_SPOOFED_ADDRESS);
-		}
 		if (addr_is_multicast(&p->daddr, v6) || addr_is_link_local(&p->daddr, v6) ||
 		    bpf_map_lookup_elem(&host_addrs, &p->daddr))
 			return to_bridge(skb);
 		if (!mac_equal(p->dmac, net->mac))
 			return to_neighbours(skb);
 		/* The rest is for the gateway to route: judged like any other packet. */
+	}
+	if (error) {
+		f = container_quoted_flow(s, ep, v6);
+		/* Errors say something about packets that went to it; others' are forged (RFC 5927). */
+		if (!f && (!addr_equal(&p->daddr, &s->quoted.p.saddr) ||
+			   !owns_address(ep, slot, &s->quoted.p.daddr, v6)))
+			return drop_from(skb, slot, REASON_NO_FLOW);
 	}
 	if (p->dmac[0] & 1 || addr_is_multicast(&p->daddr, v6))
 		return isolated ? to_neighbours(skb) : to_bridge(skb);
@@ -324,17 +445,20 @@ static __always_inline int container_slow(struct __sk_buff *skb, struct scratch 
 			return drop_from(skb, slot, REASON_ICC_DISABLED);
 		return to_bridge(skb);
 	}
-	if (error)
-		f = container_quoted_flow(skb, s, ep, v6);
-	else if (!(p->flags & (PACKET_PORTS_LOST | PACKET_NO_FLOW)))
+	if (!error && !(p->flags & (PACKET_PORTS_LOST | PACKET_NO_FLOW)))
 		f = flow_find(p, HOOK_CONTAINER, v6) ?: syn_find(s, v6);
 	if (f) {
 		struct endpoint *owner = endpoint_get(f->endpoint);
 
 		err = 1;
 		if (f->generation != (__u16)cfg->generation || !owner ||
-		    owner->sandbox != ep->sandbox)
+		    owner->sandbox != ep->sandbox) {
+			if (error)
+				packet_from_quoted(s);
 			err = flow_renew(skb, f, s, cfg, ep, net, v6);
+			if (error)
+				s->packet = s->error;
+		}
 		if (err == 1)
 			return error ? VERDICT_ERROR : VERDICT_FORWARD;
 		if (!error) /* its flow is left to the flow's own packets */
@@ -432,8 +556,12 @@ static __always_inline int container_ip(struct __sk_buff *skb, struct scratch *s
 		return drop(skb, HOOK_CONTAINER, REASON_NOT_READY);
 	if (p->flags & PACKET_FRAGMENT)
 		p->flags |= fragment_ports(skb);
+	if (v6 && p->flags & PACKET_NEIGHBOUR && neighbour_lies(skb))
+		return TC_ACT_SHOT;
+	if (p->flags & PACKET_ICMP_ERROR)
+		read_quoted(skb, s, v6);
 	if (!(p->flags & (PACKET_ICMP_ERROR | PACKET_NEIGHBOUR | PACKET_PORTS_LOST))) {
-		f = flow_find(p, HOOK_CONTAINER, v6);
+		f = flow_find_slow(s, v6);
 		if (!f)
 			f = waiting = syn_find(s, v6);
 		if (!f)
@@ -496,7 +624,7 @@ __noinline int container_frame(struct __sk_buff *skb)
 		return container_ip(skb, s, false);
 	if (proto == bpf_htons(ETH_P_IPV6))
 		return container_ip(skb, s, true);
-	return container_link(skb, &s->packet, proto);
+	return container_link(skb, proto);
 }
 
 /* A plain packet of a flow that stands: straight on. STRAIGHT_NOT, or the action. */

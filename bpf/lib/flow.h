@@ -58,7 +58,7 @@ struct quoted {
 	__u32 l4; /* and of what follows it */
 	__u32 check; /* offset of its L4 checksum; 0: none, or cut off */
 	__sum16 sum; /* and the value */
-	__u16 pad;
+	__u16 readable; /* it said enough; of a container's errors only */
 	struct addr saddr; /* as the quoted packet's own sender knows it */
 	struct addr daddr;
 };
@@ -69,6 +69,7 @@ struct quoted {
  */
 struct scratch {
 	struct packet packet;
+	struct packet error; /* kept while it is judged as a packet of its flow */
 	struct plan plan;
 	struct route_query route;
 	__u64 fib[sizeof(struct bpf_fib_lookup) /

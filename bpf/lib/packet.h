@@ -44,7 +44,11 @@
 #define ICMP_PARAMETERPROB 12
 #define ICMPV6_ECHO_REQUEST 128 /* RFC 4443; below are the errors */
 #define ICMPV6_ECHO_REPLY 129
-#define ICMPV6_NEIGHBOUR_ADVERTISEMENT 136 /* RFC 4861 */
+#define ICMPV6_ROUTER_SOLICITATION 133 /* RFC 4861; below 137 the others */
+#define ICMPV6_ROUTER_ADVERTISEMENT 134
+#define ICMPV6_NEIGHBOUR_SOLICITATION 135
+#define ICMPV6_NEIGHBOUR_ADVERTISEMENT 136
+#define ICMPV6_REDIRECT 137
 
 /* The first eight bytes of ICMP and ICMPv6 alike. */
 struct icmp_header {
@@ -307,6 +311,9 @@ static __always_inline int parse_v4(struct __sk_buff *skb, struct packet *p)
 	total -= hl;
 	p->l4_len = total > 0xffff ? 0xffff : total;
 	frag = bpf_ntohs(ip->frag_off);
+	/* Beyond what a datagram may be, once put together. */
+	if ((frag & IP_FRAGMENT_OFFSET) * 8 + total + hl > 0xffff && frag & IP_FRAGMENT_OFFSET)
+		return -REASON_MALFORMED;
 	if (frag & IP_DONT_FRAGMENT)
 		p->flags |= PACKET_DONT_FRAGMENT;
 	if (frag & (IP_MORE_FRAGMENTS | IP_FRAGMENT_OFFSET)) {
@@ -359,6 +366,8 @@ static __always_inline int parse_v6(struct __sk_buff *skb, struct packet *p)
 			__u16 frag = bpf_ntohs(*(__be16 *)(ext + 2));
 
 			len = 8;
+			if ((frag & 0xfff8) + payload - len > 0xffff)
+				return -REASON_MALFORMED;
 			if (frag & 0xfff9) { /* offset or more to come; else atomic, RFC 6946 */
 				p->flags |= PACKET_FRAGMENT;
 				p->frag_id = *(__u32 *)(ext + 4);

@@ -55,6 +55,7 @@ enum reason {
 	REASON_NOT_PUBLISHED, /* the engine holds the host's port, but it leads nowhere there */
 	REASON_FLOW_CAP, /* its container has as many flows as it may */
 	REASON_TABLES_MOVING, /* a new flow, while an upgrade copies the flow tables */
+	REASON_SPOOFED_ROUTER, /* a router advertisement or redirect, of a container that is no router */
 	REASON_COUNT,
 };
 

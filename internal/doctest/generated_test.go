@@ -63,6 +63,7 @@ var advice = map[string]string{
 	"martian":            "A packet from outside claims one of the host's or its containers' addresses.",
 	"too_big":            "Larger than the way ahead allows and without the don't-fragment bit. Lower the container network's MTU (`com.docker.network.driver.mtu`).",
 	"unsupported":        "SCTP to a published port whose number in the container differs. Publish it under its own number.",
+	"spoofed_router":     "A container poses as an IPv6 router to its neighbours, which is an attack or a misconfiguration. One that is to be a router needs the label bpfnet.allowed_addresses=::/0.",
 	"no_route":           "The host has no route back to the client, or, for a container's packet, no route or no address to masquerade with: it is not sent untranslated. See the host's routes and the uplinks' addresses (`bpfnet status`).",
 	"not_published":      "The Engine holds the port, but its network is routed (dial the container's own address), or `--default-bridge-ip` publishes it on another of the host's addresses.",
 	"tables_moving":      "The first packet of a flow came in the moments in which an upgrade, or another `--flows`, copied the flow tables. It comes again, and is let through.",
