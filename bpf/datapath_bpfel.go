@@ -405,7 +405,8 @@ const (
 	DatapathReasonREASON_NOT_PUBLISHED      DatapathReason = 24
 	DatapathReasonREASON_FLOW_CAP           DatapathReason = 25
 	DatapathReasonREASON_TABLES_MOVING      DatapathReason = 26
-	DatapathReasonREASON_COUNT              DatapathReason = 27
+	DatapathReasonREASON_SPOOFED_ROUTER     DatapathReason = 27
+	DatapathReasonREASON_COUNT              DatapathReason = 28
 )
 
 type DatapathReservation struct {
@@ -447,7 +448,26 @@ type DatapathScratch struct {
 		FragId    uint32
 		Overtaken uint32
 	}
-	_    [4]byte
+	Error struct {
+		_         structs.HostLayout
+		Saddr     DatapathAddr
+		Daddr     DatapathAddr
+		Sport     uint16
+		Dport     uint16
+		L3        uint16
+		L4        uint16
+		Proto     uint8
+		Hook      DatapathHook
+		Flags     uint8
+		TcpFlags  uint8
+		Ttl       uint8
+		L4Header  uint8
+		Dmac      [6]uint8
+		Smac      [6]uint8
+		L4Len     uint16
+		FragId    uint32
+		Overtaken uint32
+	}
 	Plan struct {
 		_              structs.HostLayout
 		Saddr          DatapathAddr
@@ -521,13 +541,13 @@ type DatapathScratch struct {
 			FragId    uint32
 			Overtaken uint32
 		}
-		L3    uint32
-		L4    uint32
-		Check uint32
-		Sum   uint16
-		Pad   uint16
-		Saddr DatapathAddr
-		Daddr DatapathAddr
+		L3       uint32
+		L4       uint32
+		Check    uint32
+		Sum      uint16
+		Readable uint16
+		Saddr    DatapathAddr
+		Daddr    DatapathAddr
 	}
 	Open     DatapathOpenKey
 	Key4     DatapathFlow4Key
@@ -597,6 +617,7 @@ type DatapathTrustedKey struct {
 const (
 	DatapathMapAllowedSources  = "allowed_sources"
 	DatapathMapConfig          = "config"
+	DatapathMapDeviceSockets   = "device_sockets"
 	DatapathMapDrops           = "drops"
 	DatapathMapEndpointFlows   = "endpoint_flows"
 	DatapathMapEndpointSlots   = "endpoint_slots"
@@ -628,6 +649,7 @@ const (
 	DatapathMapSubnets         = "subnets"
 	DatapathMapSyns4           = "syns4"
 	DatapathMapSyns6           = "syns6"
+	DatapathMapTakeovers       = "takeovers"
 	DatapathMapTrusted         = "trusted"
 	DatapathProgExpire         = "expire"
 	DatapathProgFromBridge     = "from_bridge"
@@ -703,6 +725,7 @@ type DatapathProgramSpecs struct {
 type DatapathMapSpecs struct {
 	AllowedSources  *ebpf.MapSpec `ebpf:"allowed_sources"`
 	Config          *ebpf.MapSpec `ebpf:"config"`
+	DeviceSockets   *ebpf.MapSpec `ebpf:"device_sockets"`
 	Drops           *ebpf.MapSpec `ebpf:"drops"`
 	EndpointFlows   *ebpf.MapSpec `ebpf:"endpoint_flows"`
 	EndpointSlots   *ebpf.MapSpec `ebpf:"endpoint_slots"`
@@ -734,6 +757,7 @@ type DatapathMapSpecs struct {
 	Subnets         *ebpf.MapSpec `ebpf:"subnets"`
 	Syns4           *ebpf.MapSpec `ebpf:"syns4"`
 	Syns6           *ebpf.MapSpec `ebpf:"syns6"`
+	Takeovers       *ebpf.MapSpec `ebpf:"takeovers"`
 	Trusted         *ebpf.MapSpec `ebpf:"trusted"`
 }
 
@@ -765,6 +789,7 @@ func (o *DatapathObjects) Close() error {
 type DatapathMaps struct {
 	AllowedSources  *ebpf.Map `ebpf:"allowed_sources"`
 	Config          *ebpf.Map `ebpf:"config"`
+	DeviceSockets   *ebpf.Map `ebpf:"device_sockets"`
 	Drops           *ebpf.Map `ebpf:"drops"`
 	EndpointFlows   *ebpf.Map `ebpf:"endpoint_flows"`
 	EndpointSlots   *ebpf.Map `ebpf:"endpoint_slots"`
@@ -796,6 +821,7 @@ type DatapathMaps struct {
 	Subnets         *ebpf.Map `ebpf:"subnets"`
 	Syns4           *ebpf.Map `ebpf:"syns4"`
 	Syns6           *ebpf.Map `ebpf:"syns6"`
+	Takeovers       *ebpf.Map `ebpf:"takeovers"`
 	Trusted         *ebpf.Map `ebpf:"trusted"`
 }
 
@@ -803,6 +829,7 @@ func (m *DatapathMaps) Close() error {
 	return _DatapathClose(
 		m.AllowedSources,
 		m.Config,
+		m.DeviceSockets,
 		m.Drops,
 		m.EndpointFlows,
 		m.EndpointSlots,
@@ -834,6 +861,7 @@ func (m *DatapathMaps) Close() error {
 		m.Subnets,
 		m.Syns4,
 		m.Syns6,
+		m.Takeovers,
 		m.Trusted,
 	)
 }

@@ -286,10 +286,10 @@ type SockReservationKey struct {
 }
 
 type SockSockMark struct {
-	_        structs.HostLayout
-	Peer     SockSockPeerKey
-	Reserved SockReservationKey
-	Pad      uint32
+	_          structs.HostLayout
+	Peer       SockSockPeerKey
+	Reserved   SockReservationKey
+	DevicePort uint32
 }
 
 type SockSockPeer struct {
@@ -347,6 +347,7 @@ type SockTrustedKey struct {
 const (
 	SockMapAllowedSources    = "allowed_sources"
 	SockMapConfig            = "config"
+	SockMapDeviceSockets     = "device_sockets"
 	SockMapDrops             = "drops"
 	SockMapEndpointFlows     = "endpoint_flows"
 	SockMapEndpointSlots     = "endpoint_slots"
@@ -452,6 +453,7 @@ type SockProgramSpecs struct {
 type SockMapSpecs struct {
 	AllowedSources  *ebpf.MapSpec `ebpf:"allowed_sources"`
 	Config          *ebpf.MapSpec `ebpf:"config"`
+	DeviceSockets   *ebpf.MapSpec `ebpf:"device_sockets"`
 	Drops           *ebpf.MapSpec `ebpf:"drops"`
 	EndpointFlows   *ebpf.MapSpec `ebpf:"endpoint_flows"`
 	EndpointSlots   *ebpf.MapSpec `ebpf:"endpoint_slots"`
@@ -513,6 +515,7 @@ func (o *SockObjects) Close() error {
 type SockMaps struct {
 	AllowedSources  *ebpf.Map `ebpf:"allowed_sources"`
 	Config          *ebpf.Map `ebpf:"config"`
+	DeviceSockets   *ebpf.Map `ebpf:"device_sockets"`
 	Drops           *ebpf.Map `ebpf:"drops"`
 	EndpointFlows   *ebpf.Map `ebpf:"endpoint_flows"`
 	EndpointSlots   *ebpf.Map `ebpf:"endpoint_slots"`
@@ -550,6 +553,7 @@ func (m *SockMaps) Close() error {
 	return _SockClose(
 		m.AllowedSources,
 		m.Config,
+		m.DeviceSockets,
 		m.Drops,
 		m.EndpointFlows,
 		m.EndpointSlots,

@@ -352,6 +352,7 @@ type StrictTrustedKey struct {
 const (
 	StrictMapAllowedSources    = "allowed_sources"
 	StrictMapConfig            = "config"
+	StrictMapDeviceSockets     = "device_sockets"
 	StrictMapDrops             = "drops"
 	StrictMapEndpointFlows     = "endpoint_flows"
 	StrictMapEndpointSlots     = "endpoint_slots"
@@ -442,6 +443,7 @@ type StrictProgramSpecs struct {
 type StrictMapSpecs struct {
 	AllowedSources  *ebpf.MapSpec `ebpf:"allowed_sources"`
 	Config          *ebpf.MapSpec `ebpf:"config"`
+	DeviceSockets   *ebpf.MapSpec `ebpf:"device_sockets"`
 	Drops           *ebpf.MapSpec `ebpf:"drops"`
 	EndpointFlows   *ebpf.MapSpec `ebpf:"endpoint_flows"`
 	EndpointSlots   *ebpf.MapSpec `ebpf:"endpoint_slots"`
@@ -504,6 +506,7 @@ func (o *StrictObjects) Close() error {
 type StrictMaps struct {
 	AllowedSources  *ebpf.Map `ebpf:"allowed_sources"`
 	Config          *ebpf.Map `ebpf:"config"`
+	DeviceSockets   *ebpf.Map `ebpf:"device_sockets"`
 	Drops           *ebpf.Map `ebpf:"drops"`
 	EndpointFlows   *ebpf.Map `ebpf:"endpoint_flows"`
 	EndpointSlots   *ebpf.Map `ebpf:"endpoint_slots"`
@@ -542,6 +545,7 @@ func (m *StrictMaps) Close() error {
 	return _StrictClose(
 		m.AllowedSources,
 		m.Config,
+		m.DeviceSockets,
 		m.Drops,
 		m.EndpointFlows,
 		m.EndpointSlots,
