@@ -10,6 +10,7 @@
 #pragma once
 
 #include "count.h"
+#include "lookup.h"
 
 #include <linux/errno.h>
 
@@ -146,13 +147,6 @@ struct {
 #define GC_DAEMON_SILENT (60 * NSEC_PER_SEC)
 #define GC_KICK_GAP (NSEC_PER_SEC / 4)
 
-static __always_inline struct config *config_get(void)
-{
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&config, &zero);
-}
-
 static __always_inline struct scratch *scratch_get(void)
 {
 	__u32 zero = 0;
@@ -172,54 +166,7 @@ static __always_inline struct scratch *scratch_start(enum hook hook)
 	return s;
 }
 
-static __always_inline void *flow_table(const bool v6)
-{
-	return v6 ? (void *)&flows6 : (void *)&flows4;
-}
-
-static __always_inline void flow_key4(struct flow4_key *k, const struct addr *s,
-				      const struct addr *d, __be16 sport, __be16 dport, __u8 proto,
-				      __u8 hook)
-{
-	k->saddr = s->w[3];
-	k->daddr = d->w[3];
-	k->sport = sport;
-	k->dport = dport;
-	k->proto = proto;
-	k->hook = hook;
-	k->pad = 0;
-}
-
-static __always_inline void flow_key6(struct flow6_key *k, const struct addr *s,
-				      const struct addr *d, __be16 sport, __be16 dport, __u8 proto,
-				      __u8 hook)
-{
-	k->saddr = *s;
-	k->daddr = *d;
-	k->sport = sport;
-	k->dport = dport;
-	k->proto = proto;
-	k->hook = hook;
-	k->pad = 0;
-}
-
-/* The entry for the packet as it is seen at hook; NULL if it opens or belongs to no flow. */
-static __always_inline struct flow *flow_find(const struct packet *p, __u8 hook, const bool v6)
-{
-	if (v6) {
-		struct flow6_key k;
-
-		flow_key6(&k, &p->saddr, &p->daddr, p->sport, p->dport, p->proto, hook);
-		return bpf_map_lookup_elem(&flows6, &k);
-	} else {
-		struct flow4_key k;
-
-		flow_key4(&k, &p->saddr, &p->daddr, p->sport, p->dport, p->proto, hook);
-		return bpf_map_lookup_elem(&flows4, &k);
-	}
-}
-
-/* The same with the key in the scratch: the slow path is short of stack. */
+/* flow_find() with the key in the scratch: the slow path is short of stack. */
 static __always_inline struct flow *flow_find_slow(struct scratch *s, const bool v6)
 {
 	struct packet *p = &s->packet;

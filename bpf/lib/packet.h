@@ -153,32 +153,40 @@ static __always_inline bool mac_equal(const __u8 *a, const __u8 *b)
 	return !diff;
 }
 
+/* The same stage for XDP: define CONTEXT before including this. */
+#ifndef CONTEXT
+#define CONTEXT struct __sk_buff
+#define CONTEXT_LINEAR(skb, len) (!bpf_skb_pull_data(skb, len))
+#define CONTEXT_LEN(skb) ((skb)->len)
+#define CONTEXT_SEGMENTS(skb) ((skb)->gso_segs)
+#endif
+
 /*
  * The packet's ends, read in assembly: the compiler would otherwise keep the addresses of the two
  * context fields, which the verifier does not allow to be dereferenced.
  */
-static __always_inline void *packet_start(const struct __sk_buff *skb)
+static __always_inline void *packet_start(const CONTEXT *skb)
 {
 	void *p;
 
 	asm volatile("%[p] = *(u32 *)(%[skb] + %[off])"
 		     : [p] "=r"(p)
-		     : [skb] "r"(skb), [off] "i"(offsetof(struct __sk_buff, data)));
+		     : [skb] "r"(skb), [off] "i"(offsetof(CONTEXT, data)));
 	return p;
 }
 
-static __always_inline void *packet_end(const struct __sk_buff *skb)
+static __always_inline void *packet_end(const CONTEXT *skb)
 {
 	void *p;
 
 	asm volatile("%[p] = *(u32 *)(%[skb] + %[off])"
 		     : [p] "=r"(p)
-		     : [skb] "r"(skb), [off] "i"(offsetof(struct __sk_buff, data_end)));
+		     : [skb] "r"(skb), [off] "i"(offsetof(CONTEXT, data_end)));
 	return p;
 }
 
 /* A pointer to len bytes at off, made linear first if need be; NULL where the packet is shorter. */
-static __always_inline void *header(struct __sk_buff *skb, __u32 off, const __u32 len)
+static __always_inline void *header(CONTEXT *skb, __u32 off, const __u32 len)
 {
 	void *p = packet_start(skb);
 
@@ -189,7 +197,7 @@ static __always_inline void *header(struct __sk_buff *skb, __u32 off, const __u3
 	asm volatile("" : "+r"(p));
 	if (p + len <= packet_end(skb))
 		return p;
-	if (bpf_skb_pull_data(skb, off + len))
+	if (!CONTEXT_LINEAR(skb, off + len))
 		return NULL;
 	p = packet_start(skb);
 	p += off;
@@ -198,7 +206,7 @@ static __always_inline void *header(struct __sk_buff *skb, __u32 off, const __u3
 }
 
 /* Reads MACs and the EtherType (returned, network order; 0 where the frame is too short). */
-static __always_inline __be16 parse_ethernet(struct __sk_buff *skb, struct packet *p)
+static __always_inline __be16 parse_ethernet(CONTEXT *skb, struct packet *p)
 {
 	struct ethhdr *eth = header(skb, 0, sizeof(*eth));
 
@@ -211,7 +219,7 @@ static __always_inline __be16 parse_ethernet(struct __sk_buff *skb, struct packe
 }
 
 /* Ports, TCP flags and ICMP types. 0, or -REASON_MALFORMED. */
-static __always_inline int parse_l4(struct __sk_buff *skb, struct packet *p, const bool v6)
+static __always_inline int parse_l4(CONTEXT *skb, struct packet *p, const bool v6)
 {
 	if (p->flags & PACKET_NO_L4)
 		return 0;
@@ -289,17 +297,17 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct packet *p, con
 	return 0;
 }
 
-static __always_inline int parse_v4(struct __sk_buff *skb, struct packet *p)
+static __always_inline int parse_v4(CONTEXT *skb, struct packet *p)
 {
 	struct iphdr *ip = header(skb, p->l3, sizeof(*ip));
-	__u32 room = skb->len - p->l3, hl, total;
+	__u32 room = CONTEXT_LEN(skb) - p->l3, hl, total;
 	__u16 frag;
 
 	if (!ip || ip->version != 4 || ip->ihl < 5)
 		return -REASON_MALFORMED;
 	hl = ip->ihl * 4;
 	total = bpf_ntohs(ip->tot_len);
-	if (!total && skb->gso_segs) /* BIG TCP */
+	if (!total && CONTEXT_SEGMENTS(skb)) /* BIG TCP */
 		total = room;
 	if (total < hl || total > room)
 		return -REASON_MALFORMED;
@@ -326,16 +334,16 @@ static __always_inline int parse_v4(struct __sk_buff *skb, struct packet *p)
 }
 
 /* Walks to the upper layer, RFC 8200 section 4. */
-static __always_inline int parse_v6(struct __sk_buff *skb, struct packet *p)
+static __always_inline int parse_v6(CONTEXT *skb, struct packet *p)
 {
 	struct ipv6hdr *ip = header(skb, p->l3, sizeof(*ip));
-	__u32 room = skb->len - p->l3 - sizeof(*ip), payload, off;
+	__u32 room = CONTEXT_LEN(skb) - p->l3 - sizeof(*ip), payload, off;
 	__u8 next;
 
 	if (!ip || ip->version != 6)
 		return -REASON_MALFORMED;
 	payload = bpf_ntohs(ip->payload_len);
-	if (!payload && skb->gso_segs)
+	if (!payload && CONTEXT_SEGMENTS(skb))
 		payload = room;
 	if (payload > room)
 		return -REASON_MALFORMED;
@@ -397,7 +405,7 @@ static __always_inline int parse_v6(struct __sk_buff *skb, struct packet *p)
 	return parse_l4(skb, p, true);
 }
 
-static __always_inline int parse_ip(struct __sk_buff *skb, struct packet *p, const bool v6)
+static __always_inline int parse_ip(CONTEXT *skb, struct packet *p, const bool v6)
 {
 	return v6 ? parse_v6(skb, p) : parse_v4(skb, p);
 }
@@ -409,12 +417,12 @@ static __always_inline int parse_ip(struct __sk_buff *skb, struct packet *p, con
  * Reads a plain packet: Ethernet, IP without options or extension headers, whole, TCP or UDP, its headers
  * in the linear part. False: it is something else, or malformed; the long way tells. Nothing is changed.
  */
-static __always_inline bool parse_plain(struct __sk_buff *skb, struct packet *p, const bool v6)
+static __always_inline bool parse_plain(CONTEXT *skb, struct packet *p, const bool v6)
 {
 	const __u32 l4 =
 		sizeof(struct ethhdr) + (v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr));
 	void *start = packet_start(skb), *end = packet_end(skb);
-	__u32 room = skb->len - l4, payload;
+	__u32 room = CONTEXT_LEN(skb) - l4, payload;
 	struct ethhdr *eth = start;
 	__be16 *port = start + l4;
 

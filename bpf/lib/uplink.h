@@ -248,15 +248,6 @@ __noinline int uplink_slow6(struct __sk_buff *skb)
 	return s ? uplink_slow(skb, s, true) : TC_ACT_SHOT;
 }
 
-/* Whether port_class has the protocol's bit set for the port, or one of others. */
-static __always_inline bool port_has(const struct port_class *class, __be16 port, __u8 proto,
-				     __u8 others)
-{
-	__u32 dport = port_index(port);
-
-	return (class->ports[dport] | class->engine[dport]) & (port_bit(proto) | others);
-}
-
 static __always_inline int uplink_ip(struct __sk_buff *skb, struct scratch *s, const bool v6)
 {
 	struct packet *p = &s->packet;
