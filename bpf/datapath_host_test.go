@@ -653,7 +653,7 @@ func (h *host) age(ticks uint32) {
 type counters map[string]uint64
 
 var (
-	hookNames = []string{"none", "container", "uplink", "host", "to_container", "to_uplink", "bridge", "strict"}
+	hookNames = []string{"none", "container", "uplink", "host", "to_container", "to_uplink", "bridge", "strict", "shield"}
 	fateNames = []string{"container", "uplink", "lo", "stack", "bridge"}
 )
 

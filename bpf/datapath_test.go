@@ -1500,7 +1500,7 @@ var update = flag.Bool("update", false, "write the golden files anew")
 var objects = []struct {
 	name string
 	load func() (*ebpf.CollectionSpec, error)
-}{{"datapath", bpf.LoadDatapath}, {"sock", bpf.LoadSock}, {"strict", bpf.LoadStrict}}
+}{{"datapath", bpf.LoadDatapath}, {"sock", bpf.LoadSock}, {"strict", bpf.LoadStrict}, {"shield", bpf.LoadShield}}
 
 // The programs' sizes, so that a change that doubles one shows.
 func TestInstructions(t *testing.T) {

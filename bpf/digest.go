@@ -17,6 +17,9 @@ func SockDigest() string { return digest(_SockBytes) }
 // StrictDigest is DatapathDigest of the object of strict mode.
 func StrictDigest() string { return digest(_StrictBytes) }
 
+// ShieldDigest is DatapathDigest of the shield's object.
+func ShieldDigest() string { return digest(_ShieldBytes) }
+
 func digest(object []byte) string {
 	sum := sha256.Sum256(object)
 	return hex.EncodeToString(sum[:16])

@@ -8,3 +8,4 @@ package bpf
 //go:generate go tool bpf2go -cc clang-14 -target bpfel -cflags "-O2 -g -Wall -Wextra -Werror -mcpu=v3 -I/usr/include/x86_64-linux-gnu" -type reason -type hook -type fate -type endpoint_flags -type network_flags -type gateway_mode -type port_bits -type config_flags -type flow_flags -type expire_args -type event Datapath datapath.bpf.c
 //go:generate go tool bpf2go -cc clang-14 -target bpfel -cflags "-O2 -g -Wall -Wextra -Werror -mcpu=v3 -I/usr/include/x86_64-linux-gnu -Ilib" Sock sock.bpf.c
 //go:generate go tool bpf2go -cc clang-14 -target bpfel -cflags "-O2 -g -Wall -Wextra -Werror -mcpu=v3 -I/usr/include/x86_64-linux-gnu -Ilib" Strict strict.bpf.c
+//go:generate go tool bpf2go -cc clang-14 -target bpfel -cflags "-O2 -g -Wall -Wextra -Werror -mcpu=v3 -I/usr/include/x86_64-linux-gnu -Ilib" Shield shield.bpf.c

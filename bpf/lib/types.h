@@ -56,6 +56,8 @@ enum reason {
 	REASON_FLOW_CAP, /* its container has as many flows as it may */
 	REASON_TABLES_MOVING, /* a new flow, while an upgrade copies the flow tables */
 	REASON_SPOOFED_ROUTER, /* a router advertisement or redirect, of a container that is no router */
+	REASON_DENIED, /* the source is in the deny list */
+	REASON_SYN_RATE, /* the source opens connections to published ports too fast */
 	REASON_COUNT,
 };
 
@@ -69,6 +71,7 @@ enum hook {
 	HOOK_TO_UPLINK, /* egress of an uplink */
 	HOOK_BRIDGE, /* ingress of the bridge device */
 	HOOK_STRICT, /* the cgroup of the engine's containers (`--strict`) */
+	HOOK_SHIELD, /* XDP on an uplink (`--shield`) */
 	HOOK_COUNT,
 } __attribute__((packed));
 
