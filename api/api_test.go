@@ -63,6 +63,18 @@ func (n *networks) AllowEndpoint(context.Context, ByHand) (Result, error) {
 
 func (n *networks) DisallowEndpoint(context.Context, Named) (Result, error) { return Result{}, n.fail }
 
+func (n *networks) Deny(_ context.Context, s DenySpec) (DenyResult, error) {
+	return DenyResult{Changed: len(s.Prefixes), Shield: s.Force}, n.fail
+}
+
+func (n *networks) Undeny(_ context.Context, s DenySpec) (DenyResult, error) {
+	return DenyResult{Changed: len(s.Prefixes)}, n.fail
+}
+
+func (n *networks) Denied(context.Context) (DenyList, error) {
+	return DenyList{Prefixes: []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24")}}, n.fail
+}
+
 func (n *networks) Disallow(_ context.Context, p Pair) (bool, error) { return n.set(p, false) }
 
 // serve runs a server until the test ends and returns its socket.

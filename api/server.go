@@ -33,6 +33,12 @@ type Handler interface {
 	AllowEndpoint(ctx context.Context, e ByHand) (Result, error)
 	// DisallowEndpoint takes AllowEndpoint back.
 	DisallowEndpoint(ctx context.Context, n Named) (Result, error)
+	// Deny puts prefixes on the shield's deny list, in force from when it returns on.
+	Deny(ctx context.Context, s DenySpec) (DenyResult, error)
+	// Undeny takes Deny back.
+	Undeny(ctx context.Context, s DenySpec) (DenyResult, error)
+	// Denied is the deny list.
+	Denied(ctx context.Context) (DenyList, error)
 	Embedded
 }
 
@@ -207,6 +213,12 @@ func (s *Server) routes() http.Handler {
 	})
 	post(mux, pathAllowEndpoint, s.h.AllowEndpoint)
 	post(mux, pathDisallowEndpoint, s.h.DisallowEndpoint)
+	post(mux, pathDeny, s.h.Deny)
+	post(mux, pathUndeny, s.h.Undeny)
+	mux.HandleFunc("GET "+pathDenied, func(w http.ResponseWriter, r *http.Request) {
+		l, err := s.h.Denied(r.Context())
+		answer(w, l, err)
+	})
 	post(mux, pathNetwork+"create", s.h.CreateNetwork)
 	post(mux, pathNetwork+"remove", s.h.RemoveNetwork)
 	post(mux, pathNetwork+"connect", s.h.Connect)

@@ -34,6 +34,7 @@ type Snapshot struct {
 	Ports       []Port       `json:"ports"`
 	Allowed     []Pair       `json:"allowed"`
 	Problems    []Problem    `json:"problems,omitempty"` // of settings
+	Shield      *Shield      `json:"shield,omitempty"`   // nil: off
 	Attachments []Attachment `json:"attachments"`
 	Sources     []Source     `json:"sources"`
 }
@@ -127,7 +128,7 @@ type Problem struct {
 type Attachment struct {
 	Program string `json:"program"`
 	Device  string `json:"device"`
-	Hook    string `json:"hook"` // "ingress", "egress" or "cgroup"
+	Hook    string `json:"hook"` // "ingress", "egress", "xdp" or "cgroup"
 }
 
 // Source is a source of state and how it is.

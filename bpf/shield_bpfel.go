@@ -46,7 +46,7 @@ type ShieldConfig struct {
 	AcceptMark    uint32
 	AcceptMask    uint32
 	EndpointFlows uint32
-	Pad           uint32
+	HoldUntil     uint32
 }
 
 type ShieldCount struct {
@@ -92,6 +92,13 @@ type ShieldEndpointFlows struct {
 	Flows   int64
 	Counted int64
 	Off     int64
+}
+
+type ShieldEventBucket struct {
+	_          structs.HostLayout
+	Next       uint64
+	Suppressed uint64
+	Lost       uint64
 }
 
 type ShieldFlow4 struct {
@@ -193,6 +200,11 @@ type ShieldFragKey struct {
 type ShieldHostAddr struct {
 	_       structs.HostLayout
 	Ifindex uint32
+}
+
+type ShieldListeners struct {
+	_     structs.HostLayout
+	Until [4]uint64
 }
 
 type ShieldMasqueradeAddr struct {
@@ -357,6 +369,8 @@ const (
 	ShieldMapEndpointSlots   = "endpoint_slots"
 	ShieldMapEndpointStats   = "endpoint_stats"
 	ShieldMapEndpoints       = "endpoints"
+	ShieldMapEventBuckets    = "event_buckets"
+	ShieldMapEventRings      = "event_rings"
 	ShieldMapFates           = "fates"
 	ShieldMapFlowGauge       = "flow_gauge"
 	ShieldMapFlows4          = "flows4"
@@ -364,6 +378,7 @@ const (
 	ShieldMapFrags           = "frags"
 	ShieldMapHostAddrs       = "host_addrs"
 	ShieldMapLinks           = "links"
+	ShieldMapListeners       = "listeners"
 	ShieldMapMasqueradeAddrs = "masquerade_addrs"
 	ShieldMapNetworkSlots    = "network_slots"
 	ShieldMapOpenPorts       = "open_ports"
@@ -444,6 +459,8 @@ type ShieldMapSpecs struct {
 	EndpointSlots   *ebpf.MapSpec `ebpf:"endpoint_slots"`
 	EndpointStats   *ebpf.MapSpec `ebpf:"endpoint_stats"`
 	Endpoints       *ebpf.MapSpec `ebpf:"endpoints"`
+	EventBuckets    *ebpf.MapSpec `ebpf:"event_buckets"`
+	EventRings      *ebpf.MapSpec `ebpf:"event_rings"`
 	Fates           *ebpf.MapSpec `ebpf:"fates"`
 	FlowGauge       *ebpf.MapSpec `ebpf:"flow_gauge"`
 	Flows4          *ebpf.MapSpec `ebpf:"flows4"`
@@ -451,6 +468,7 @@ type ShieldMapSpecs struct {
 	Frags           *ebpf.MapSpec `ebpf:"frags"`
 	HostAddrs       *ebpf.MapSpec `ebpf:"host_addrs"`
 	Links           *ebpf.MapSpec `ebpf:"links"`
+	Listeners       *ebpf.MapSpec `ebpf:"listeners"`
 	MasqueradeAddrs *ebpf.MapSpec `ebpf:"masquerade_addrs"`
 	NetworkSlots    *ebpf.MapSpec `ebpf:"network_slots"`
 	OpenPorts       *ebpf.MapSpec `ebpf:"open_ports"`
@@ -507,6 +525,8 @@ type ShieldMaps struct {
 	EndpointSlots   *ebpf.Map `ebpf:"endpoint_slots"`
 	EndpointStats   *ebpf.Map `ebpf:"endpoint_stats"`
 	Endpoints       *ebpf.Map `ebpf:"endpoints"`
+	EventBuckets    *ebpf.Map `ebpf:"event_buckets"`
+	EventRings      *ebpf.Map `ebpf:"event_rings"`
 	Fates           *ebpf.Map `ebpf:"fates"`
 	FlowGauge       *ebpf.Map `ebpf:"flow_gauge"`
 	Flows4          *ebpf.Map `ebpf:"flows4"`
@@ -514,6 +534,7 @@ type ShieldMaps struct {
 	Frags           *ebpf.Map `ebpf:"frags"`
 	HostAddrs       *ebpf.Map `ebpf:"host_addrs"`
 	Links           *ebpf.Map `ebpf:"links"`
+	Listeners       *ebpf.Map `ebpf:"listeners"`
 	MasqueradeAddrs *ebpf.Map `ebpf:"masquerade_addrs"`
 	NetworkSlots    *ebpf.Map `ebpf:"network_slots"`
 	OpenPorts       *ebpf.Map `ebpf:"open_ports"`
@@ -546,6 +567,8 @@ func (m *ShieldMaps) Close() error {
 		m.EndpointSlots,
 		m.EndpointStats,
 		m.Endpoints,
+		m.EventBuckets,
+		m.EventRings,
 		m.Fates,
 		m.FlowGauge,
 		m.Flows4,
@@ -553,6 +576,7 @@ func (m *ShieldMaps) Close() error {
 		m.Frags,
 		m.HostAddrs,
 		m.Links,
+		m.Listeners,
 		m.MasqueradeAddrs,
 		m.NetworkSlots,
 		m.OpenPorts,

@@ -65,6 +65,12 @@ type Config struct {
 	// of strict mode go. Empty: no strict mode.
 	StrictCgroup string
 
+	// Shield is how the shield runs on uplinks: loader.ShieldNative or loader.ShieldGeneric. Empty: there is
+	// none.
+	Shield string
+	// ShieldSynRate is how many connections a second one source may open to published ports. 0: any number.
+	ShieldSynRate int
+
 	// DefaultSubnets are those of bpfnet's own default network, at most one a family; none: an IPv4
 	// one of the pools, and a generated IPv6 one.
 	DefaultSubnets []netip.Prefix

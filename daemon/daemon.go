@@ -10,6 +10,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -90,6 +91,7 @@ type Daemon struct {
 	reported bool                     // the engine has reported its full state
 	bridges  map[string]policy.Source // of the served ones, by name
 	guarded  map[int]bool             // links that are about to become bridge ports
+	denied   []netip.Prefix           // the deny list; in order, and never changed in place
 	// Bridges that should be the engine's, by index, of which it has not told.
 	strangers map[int]bridgeSeen
 	resync    bool
@@ -120,6 +122,7 @@ type Daemon struct {
 	seen     policy.Devices
 	uplinks  []string // as last reported
 	strict   *strict  // nil: off
+	shield   *shield  // nil: off
 	changes  []netdev.Change
 	relayed  map[policy.PortKey]bool   // what the relay holds
 	unheld   map[policy.PortKey]string // what it does not, and why
@@ -238,7 +241,7 @@ func open(cfg Config) (_ *Daemon, err error) {
 		Held: d.own.Held, Lost: d.relayLost,
 	})
 	d.relayed = d.relay.Served() // published without a gap
-	return d, d.openStrict()
+	return d, errors.Join(d.openStrict(), d.openShield())
 }
 
 // remember takes up what an earlier run left in the store.
@@ -255,6 +258,9 @@ func (d *Daemon) remember() error {
 		d.sitDown(d.engine.Endpoints)
 		d.engine = d.withoutRelay(d.engine)
 		d.told = d.engine
+	}
+	if d.denied, err = d.store.Denied(); err != nil {
+		return err
 	}
 	saved, err := d.store.Sysctls()
 	if err != nil {
@@ -275,6 +281,9 @@ func (d *Daemon) close() {
 	}
 	if d.strict != nil {
 		d.strict.close()
+	}
+	if d.shield != nil {
+		d.shield.programs.Close()
 	}
 	if d.loader != nil {
 		d.loader.Close()
@@ -738,6 +747,14 @@ func (d *Daemon) reconcile() (err error) {
 	if d.strict != nil {
 		errs = append(errs, d.strict.apply(d.tables, devices))
 	}
+	if d.shield != nil {
+		d.mu.Lock()
+		denied := d.denied
+		d.mu.Unlock()
+		changed, err := d.shield.apply(devices.Uplinks, denied, resync)
+		d.changed = d.changed || changed
+		errs = append(errs, err)
+	}
 	d.known, d.owed = known, true
 	if !reflect.DeepEqual(engine, d.told) {
 		d.told, d.unstored = engine, true
@@ -931,7 +948,7 @@ func (d *Daemon) attach(devices policy.Devices, served map[string]bool, pinned [
 
 	// Before the engine has spoken once, its networks are only remembered: nothing is taken down.
 	for _, a := range pinned {
-		if a.Hook == "cgroup" || want[place{a.Program, a.Ifindex}] || (!reported && deviceExists(a.Ifindex)) {
+		if a.Hook == "cgroup" || a.Hook == "xdp" || want[place{a.Program, a.Ifindex}] || (!reported && deviceExists(a.Ifindex)) {
 			continue
 		}
 		errs = append(errs, d.loader.Detach(a.Program, a.Ifindex))

@@ -113,6 +113,9 @@ func (d *Daemon) makeSnapshot(state policy.State) (*api.Snapshot, error) {
 		s.Problems = append(s.Problems, api.Problem{Network: p.Network, Setting: p.Setting, Problem: p.Text, Instead: p.Instead})
 	}
 	s.Attachments = d.attachments()
+	if d.shield != nil {
+		s.Shield = d.shield.show()
+	}
 	s.Sources = d.sources(s.Written)
 	slices.SortFunc(s.Networks, func(a, b api.Network) int { return strings.Compare(a.Name, b.Name) })
 	slices.SortFunc(s.Endpoints, func(a, b api.Endpoint) int {

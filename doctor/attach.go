@@ -56,6 +56,9 @@ func checkAttached(f *Facts) []Finding {
 			}
 			continue
 		}
+		if a.Hook == "xdp" {
+			continue // see checkShield
+		}
 		dev := f.device(a.Device)
 		if dev == nil {
 			continue // gone with its container
@@ -283,6 +286,9 @@ func checkXDP(f *Facts) []Finding {
 			continue
 		}
 		p, mode, off := f.XDP[dev.XDP], "", "xdp"
+		if p.Ours != "" {
+			continue // see checkShield
+		}
 		if dev.Generic {
 			mode, off = "generic ", "xdpgeneric"
 		}
@@ -299,4 +305,22 @@ func checkXDP(f *Facts) []Finding {
 		}
 	}
 	return one(out, "none stands in the way on the uplinks")
+}
+
+// checkShield: an operator who asked for it relies on it, though no traffic needs it.
+func checkShield(f *Facts) []Finding {
+	if f.Snapshot == nil || f.Snapshot.Shield == nil {
+		return []Finding{okf("off")}
+	}
+	var out []Finding
+	for _, d := range f.Snapshot.Shield.Devices {
+		dev := f.device(d.Device)
+		switch {
+		case d.Why != "":
+			out = append(out, notef("", "not on %s: %s", d.Device, d.Why))
+		case dev != nil && f.XDP[dev.XDP].Ours == "":
+			out = append(out, notef("", "not on %s any more: the daemon puts it back within a minute", d.Device))
+		}
+	}
+	return one(out, "on all uplinks, %s", f.Snapshot.Shield.Mode)
 }

@@ -161,6 +161,7 @@ func Judge(f *Facts) []Finding {
 		{"strays", checkStrays},
 		{"foreign", checkForeign},
 		{"xdp", checkXDP},
+		{"shield", checkShield},
 		{"forwarding", checkForwarding},
 		{"rp_filter", checkReversePath},
 		{"accept_ra", checkRouterAdverts},

@@ -164,7 +164,7 @@ func Cleanup(p Paths, c Classifier) error {
 			k.Close()
 			continue
 		}
-		if c != nil && a.Hook != "cgroup" {
+		if c != nil && a.Hook != "cgroup" && a.Hook != "xdp" {
 			errs = append(errs, c.DetachFilter(a.Ifindex, isEgress(a.Program)))
 		}
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -82,7 +82,7 @@ type Loader struct {
 type Attachment struct {
 	Program string
 	Ifindex int    // 0 for a cgroup
-	Hook    string // "ingress", "egress" or "cgroup"
+	Hook    string // "ingress", "egress", "xdp" or "cgroup"
 }
 
 // Programs that go on devices.
@@ -171,7 +171,7 @@ func Load(opts Options) (*Loader, error) {
 	spec.Maps["flows6"].MaxEntries = size / 2
 	l.sock, err = l.load(spec, sock)
 	if err == nil {
-		err = clearBuilds(programsDir(opts.BPFFS), datapath, sock, shelf{object: bpf.StrictDigest()})
+		err = clearBuilds(programsDir(opts.BPFFS), datapath, sock, shelf{object: bpf.StrictDigest()}, shelf{object: bpf.ShieldDigest()})
 	}
 	if err != nil {
 		l.Close()
@@ -593,6 +593,9 @@ func parsePin(name string) Attachment {
 	a := Attachment{Program: program, Ifindex: ifindex, Hook: hookOf(program)}
 	if strings.HasPrefix(program, "sock_") || IsStrict(program) {
 		a.Hook = "cgroup"
+	}
+	if isShield(program) {
+		a.Hook = "xdp"
 	}
 	return a
 }

@@ -200,7 +200,7 @@ type Program struct {
 var ourMaps = []string{"config", "fates", "sock_peers", "reservations", "strict_sources", "strict_marks"}
 
 var ourNames = []string{
-	FromContainer, ToContainer, FromBridge, FromUplink, FromUplinkL3, FromHost, ToUplink, ToUplinkL3,
+	FromContainer, ToContainer, FromBridge, FromUplink, FromUplinkL3, FromHost, ToUplink, ToUplinkL3, ShieldProgram,
 }
 
 // ProgramByID describes a loaded program; fs.ErrNotExist if it is gone.

@@ -5,6 +5,7 @@ package netdev
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/bpfnet/bpfnet/policy"
@@ -59,6 +60,7 @@ func assemble(links []device, addrs []address, served map[string]bool, override 
 		if is {
 			out.Uplinks = append(out.Uplinks, policy.Uplink{
 				Ifindex: d.index, Name: d.name, Ethernet: d.ethernet, MTU: d.mtu, Addrs: prefixes[d.index],
+				MAC: d.mac, Tagged: tagged(d, links),
 			})
 		}
 	}
@@ -92,6 +94,11 @@ func isUplink(d *device, prefixes []netip.Prefix, byIndex map[int]*device) bool 
 		}
 	}
 	return false
+}
+
+// tagged reports whether VLANs have devices of their own on top of this one.
+func tagged(d *device, links []device) bool {
+	return slices.ContainsFunc(links, func(l device) bool { return l.kind == "vlan" && l.peerNS < 0 && l.peer == d.index })
 }
 
 // enslaved reports whether the device is a port of a bridge, a bond or the like. A member of a

@@ -32,6 +32,7 @@ var hostDevices = []device{
 	{index: 16, name: "eth3", kind: "device", ethernet: true},
 	{index: 17, name: "lan", kind: "veth", ethernet: true, peer: 2, peerNS: 10},
 	{index: 18, name: "eth4", kind: "device", ethernet: true},
+	{index: 19, name: "eth0.7", kind: "vlan", ethernet: true, peer: 2, peerNS: -1},
 }
 
 var hostAddresses = []address{
@@ -84,10 +85,13 @@ func TestAssemble(t *testing.T) {
 	// Another runtime's bridge is a way out like any other; its ports are not.
 	require.Equal(t, []string{"eth0", "cni0", "bond0", "eth2", "wg0", "lan", "eth4"}, uplinks)
 	require.Equal(t, policy.Uplink{
-		Ifindex: 2, Name: "eth0", Ethernet: true, MTU: 1500,
+		Ifindex: 2, Name: "eth0", Ethernet: true, MAC: policy.MAC{2, 0, 0, 0, 0, 2}, Tagged: true, MTU: 1500,
 		Addrs: []netip.Prefix{netip.MustParsePrefix("192.0.2.1/24"), netip.MustParsePrefix("fe80::2/64")},
 	}, got.Uplinks[0])
 	require.False(t, got.Uplinks[4].Ethernet, "wg0")
+	for _, u := range got.Uplinks[1:] {
+		require.False(t, u.Tagged, u.Name)
+	}
 	require.Equal(t, policy.Bridge{
 		Ifindex: 3, Name: "docker0", MAC: policy.MAC{2, 0, 0, 0, 0, 3}, MTU: 1500, Up: true,
 		Addrs: []netip.Prefix{netip.MustParsePrefix("172.17.0.1/16")},

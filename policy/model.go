@@ -209,6 +209,8 @@ type Uplink struct {
 	Ifindex  int
 	Name     string
 	Ethernet bool // has an Ethernet header
+	MAC      MAC
+	Tagged   bool // carries VLANs that have devices of their own
 	MTU      int
 	Addrs    []netip.Prefix
 }

@@ -74,6 +74,7 @@ type counters interface {
 	PortStats(slot uint16) (maps.PortCount, error)
 	Fill() ([]maps.Fill, error)
 	BusiestDestination(share float64) (maps.Busiest, error)
+	Denied() ([]maps.Denied, error)
 	Close()
 }
 
@@ -197,8 +198,8 @@ another terminal a sandbox, which is a process in a network of its own:
   bpfnet daemon --docker off
   bpfnet run -d -p 8080:8000 python3 -m http.server
 
-The commands that read (stats, status, ps, port, logs, network ls and inspect)
-work with the daemon down too.`,
+The commands that read (stats, status, shield, ps, port, logs, network ls and
+inspect) work with the daemon down too.`,
 		SilenceErrors:     true,
 		SilenceUsage:      true,
 		DisableAutoGenTag: true,
@@ -230,6 +231,8 @@ work with the daemon down too.`,
 		a.doctorCommand(),
 		a.networkCommand(),
 		a.endpointCommand(),
+		a.shieldCommand(),
+		a.denyCommand(),
 		a.runCommand(),
 		a.createCommand(),
 		a.startCommand(),

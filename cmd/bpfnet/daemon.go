@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/bpfnet/bpfnet/daemon"
+	"github.com/bpfnet/bpfnet/loader"
 	"github.com/bpfnet/bpfnet/metrics"
 	"github.com/bpfnet/bpfnet/netdev"
 )
@@ -28,6 +29,8 @@ type daemonFlags struct {
 	bridgeIP string
 	mark     string
 	strict   bool
+	shield   bool
+	mode     string
 	listen   string
 }
 
@@ -56,6 +59,9 @@ func (f *daemonFlags) config() (cfg daemon.Config, level slog.Level, err error) 
 		return cfg, 0, usagef("--%w", err)
 	}
 	if err := checkDaemon(cfg); err != nil {
+		return cfg, 0, err
+	}
+	if cfg.Shield, err = shieldMode(f.shield, f.mode, cfg.ShieldSynRate); err != nil {
 		return cfg, 0, err
 	}
 	_, err = strictCgroup(f.strict, cfg)
@@ -122,6 +128,9 @@ Each flag can also be set in the configuration file and in the environment: see
 	flags.StringArrayVar(&f.subnets, "default-subnet", nil, "`subnet` of bpfnet's own default network, at most one a family (default: one of the pools, and a generated IPv6 one)")
 	flags.BoolVar(&f.strict, "strict", false, "let the Engine's containers send and receive only by the addresses of READY endpoints, from their first instruction on")
 	flags.StringVar(&f.cfg.StrictCgroup, "strict-cgroup", "", "cgroup2 `directory` that the Engine's containers run below (default: docker, below --cgroup); implies --strict")
+	flags.BoolVar(&f.shield, "shield", false, "drop at the uplinks, before all else, what the deny list names, direct access to containers, and too many new connections")
+	flags.StringVar(&f.mode, "shield-mode", loader.ShieldNative, "`how` the shield runs: native (in the driver) or generic (behind it, for drivers that cannot)")
+	flags.IntVar(&f.cfg.ShieldSynRate, "shield-syn-rate", 0, "`number` of connections a second that the shield lets one source open to published ports; 0: any")
 	flags.StringVar(&f.cfg.Relay, "relay", daemon.RelayOwn, "`whose` containers with IPv4 only the relay process publishes on IPv6 addresses: own (bpfnet's own), all (the Engine's too, where its userland proxy is off) or none")
 	flags.StringVar(&f.cfg.SocketGroup, "socket-group", "", "`group`, by name or number, that may ask the daemon by its socket, beside root (default: root's)")
 	flags.StringVar(&f.listen, "metrics-listen", "", "`address` ADDR:PORT to serve metrics for Prometheus at, besides the daemon's socket")
@@ -211,6 +220,22 @@ func strictCgroup(strict bool, cfg daemon.Config) (string, error) {
 	default:
 		return filepath.Clean(dir), nil
 	}
+}
+
+// maxSynRate is one connection every microsecond.
+const maxSynRate = 1_000_000
+
+// shieldMode is how the shield runs; "" without it.
+func shieldMode(on bool, mode string, rate int) (string, error) {
+	switch {
+	case mode != loader.ShieldNative && mode != loader.ShieldGeneric:
+		return "", usagef("--shield-mode %q: want native or generic", mode)
+	case rate < 0 || rate > maxSynRate:
+		return "", usagef("--shield-syn-rate %d: want 0 to %d connections a second", rate, maxSynRate)
+	case !on:
+		return "", nil
+	}
+	return mode, nil
 }
 
 // checkDaemon refuses what cannot be meant.

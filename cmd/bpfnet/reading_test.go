@@ -23,18 +23,20 @@ import (
 
 // fakeCounters derives counts from slots, so that a wrong slot shows.
 type fakeCounters struct {
-	drops []maps.Drop
-	fates []maps.Fate
-	fill  []maps.Fill
-	err   error
+	denied []maps.Denied
+	drops  []maps.Drop
+	fates  []maps.Fate
+	fill   []maps.Fill
+	err    error
 
 	busiest maps.Busiest
 }
 
-func (c fakeCounters) Drops() ([]maps.Drop, error) { return c.drops, c.err }
-func (c fakeCounters) Fates() ([]maps.Fate, error) { return c.fates, c.err }
-func (c fakeCounters) Fill() ([]maps.Fill, error)  { return c.fill, c.err }
-func (c fakeCounters) Close()                      {}
+func (c fakeCounters) Drops() ([]maps.Drop, error)    { return c.drops, c.err }
+func (c fakeCounters) Fates() ([]maps.Fate, error)    { return c.fates, c.err }
+func (c fakeCounters) Fill() ([]maps.Fill, error)     { return c.fill, c.err }
+func (c fakeCounters) Denied() ([]maps.Denied, error) { return c.denied, c.err }
+func (c fakeCounters) Close()                         {}
 
 func (c fakeCounters) BusiestDestination(float64) (maps.Busiest, error) { return c.busiest, c.err }
 

@@ -23,19 +23,20 @@ import (
 type Status struct {
 	Time        time.Time        `json:"time"`
 	Daemon      DaemonStatus     `json:"daemon"`
-	Attach      string           `json:"attach"`          // tcx or clsact
-	FastPath    float64          `json:"fast_path_share"` // redirected of all that was not dropped, 0 to 1
-	Totals      Totals           `json:"totals"`          // packets since the programs were first loaded
-	Networks    int              `json:"networks"`        // served
-	Containers  int              `json:"containers"`      // endpoints: one container in one network
-	Ports       int              `json:"ports"`           // published
-	NotReady    []NotReady       `json:"not_ready"`       // endpoints that nothing reaches yet
-	Problems    []api.Problem    `json:"problems"`        // settings that are not served as asked for
-	Allowed     []api.Pair       `json:"allowed"`         // networks that may talk
-	Relay       *RelayStatus     `json:"relay,omitempty"` // none: there is nothing to relay
-	Sources     []api.Source     `json:"sources"`         // as of the last write of the daemon
-	Attachments []api.Attachment `json:"attachments"`     // likewise
-	Maps        []maps.Fill      `json:"maps"`            // fill
+	Attach      string           `json:"attach"`           // tcx or clsact
+	FastPath    float64          `json:"fast_path_share"`  // redirected of all that was not dropped, 0 to 1
+	Totals      Totals           `json:"totals"`           // packets since the programs were first loaded
+	Networks    int              `json:"networks"`         // served
+	Containers  int              `json:"containers"`       // endpoints: one container in one network
+	Ports       int              `json:"ports"`            // published
+	NotReady    []NotReady       `json:"not_ready"`        // endpoints that nothing reaches yet
+	Problems    []api.Problem    `json:"problems"`         // settings that are not served as asked for
+	Allowed     []api.Pair       `json:"allowed"`          // networks that may talk
+	Relay       *RelayStatus     `json:"relay,omitempty"`  // none: there is nothing to relay
+	Shield      *api.Shield      `json:"shield,omitempty"` // none: off
+	Sources     []api.Source     `json:"sources"`          // as of the last write of the daemon
+	Attachments []api.Attachment `json:"attachments"`      // likewise
+	Maps        []maps.Fill      `json:"maps"`             // fill
 	// Busiest is the destination towards which most of the masquerade ports are taken; none: no destination is near.
 	Busiest  *maps.Busiest `json:"busiest_destination,omitempty"`
 	Warnings []string      `json:"warnings"` // what has 80 % of its room taken
@@ -118,6 +119,7 @@ func (a *App) readStatus(ctx context.Context) (*Status, error) {
 		Time: a.Now(), Attach: snap.Attach,
 		Networks: len(snap.Networks), Containers: len(snap.Endpoints), Ports: len(snap.Ports),
 		NotReady: []NotReady{}, Problems: notNil(snap.Problems), Allowed: notNil(snap.Allowed), Sources: notNil(snap.Sources), Attachments: notNil(snap.Attachments),
+		Shield: snap.Shield,
 		Daemon: DaemonStatus{Version: snap.Version, PID: snap.PID, Started: snap.Started, Written: snap.Written},
 	}
 	a.askDaemon(ctx, &s.Daemon)
@@ -275,6 +277,10 @@ func (a *App) printStatus(s *Status) error {
 		line("Relay", "%s, %s, process %d", count(len(r.Ports), "port"), count(r.Active, "client"), r.PID)
 	}
 
+	if s.Shield != nil {
+		line("Shield", "%s", shieldLine(s.Shield))
+	}
+
 	width := 0
 	for _, l := range lines {
 		width = max(width, len(l[0]))
@@ -283,6 +289,10 @@ func (a *App) printStatus(s *Status) error {
 		fmt.Fprintf(a.Stdout, "%-*s   %s\n", width+1, l[0]+":", l[1])
 	}
 
+	var shield [][]string
+	if s.Shield != nil {
+		shield = shieldRows(s.Shield.Devices)
+	}
 	var notReady, problems, attachments, fill, relays [][]string
 	if s.Relay != nil {
 		for _, p := range s.Relay.Ports {
@@ -309,6 +319,7 @@ func (a *App) printStatus(s *Status) error {
 		{[]string{"NOT READY", "NETWORK", "WHY"}, notReady},
 		{[]string{"PROBLEM WITH", "NETWORK", "WHAT"}, problems},
 		{[]string{"RELAYED", "TO", "ACTIVE", "CLIENTS", "DROPPED", "FAILED"}, relays},
+		{[]string{"UPLINK", "SHIELD"}, shield},
 		{[]string{"DEVICE", "HOOK", "PROGRAM"}, attachments},
 		{[]string{"MAP", "ENTRIES", "ROOM", "FILL"}, fill},
 	} {

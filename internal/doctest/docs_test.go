@@ -140,7 +140,7 @@ func TestCommandLines(t *testing.T) {
 			seen[line] = true
 			// Behind the command's own words, since what follows may be another program's.
 			own := 1
-			if len(args) > 1 && slices.Contains([]string{"network", "endpoint", "config"}, args[0]) {
+			if len(args) > 1 && slices.Contains([]string{"network", "endpoint", "config", "deny"}, args[0]) {
 				own = 2
 			}
 			own = min(own, len(args))

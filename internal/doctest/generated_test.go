@@ -67,6 +67,8 @@ var advice = map[string]string{
 	"no_route":           "The host has no route back to the client, or, for a container's packet, no route or no address to masquerade with: it is not sent untranslated. See the host's routes and the uplinks' addresses (`bpfnet status`).",
 	"not_published":      "The Engine holds the port, but its network is routed (dial the container's own address), or `--default-bridge-ip` publishes it on another of the host's addresses.",
 	"tables_moving":      "The first packet of a flow came in the moments in which an upgrade, or another `--flows`, copied the flow tables. It comes again, and is let through.",
+	"denied":             "Meant: `bpfnet deny` put the source on the shield's list. `bpfnet shield` counts by prefix; `bpfnet deny rm` lets it in again.",
+	"syn_rate":           "The source opens more connections a second than `--shield-syn-rate` allows. If it is an honest one, many users behind one address perhaps, raise the rate.",
 	"no_memory":          "The kernel could not make room for a packet's new header: memory pressure.",
 }
 
@@ -165,6 +167,12 @@ var purpose = map[string]struct{ owner, text string }{
 	"sock_marks":       {"sock programs", "which sockets the sock programs have touched"},
 	"device_sockets":   {"sock programs", "the host's sockets on masquerade ports that are bound to a device, by port"},
 	"strict_sources":   {"daemon", "strict mode: the addresses of READY endpoints, each with its namespace"},
+	"shield_deny4":     {"daemon", "shield: the deny list, with each prefix's index into `shield_hits`"},
+	"shield_deny6":     {"daemon", "the same for IPv6"},
+	"shield_devices":   {"daemon", "shield: the uplinks' MACs"},
+	"shield_config":    {"daemon", "shield: the rate of new connections"},
+	"shield_hits":      {"shield", "packets that each prefix of the deny list has kept out"},
+	"shield_sources":   {"shield", "when each source's next new connection is due; the least recent goes first"},
 	"strict_marks":     {"strict programs", "the namespace that a container's socket was made in"},
 	"gc":               {"data path", "the timer that expires flows when no daemon does"},
 	"scratch":          {"data path", "working memory of one program run, see bpf/README.md"},
@@ -194,12 +202,14 @@ func TestMaps(t *testing.T) {
 	require.NoError(t, err)
 	strict, err := bpf.LoadStrict()
 	require.NoError(t, err)
+	shield, err := bpf.LoadShield()
+	require.NoError(t, err)
 	all := make(map[string]*ebpf.MapSpec)
 	users := make(map[string][]string)
 	for _, object := range []struct {
 		name string
 		spec *ebpf.CollectionSpec
-	}{{"datapath", datapath}, {"sock", sock}, {"strict", strict}} {
+	}{{"datapath", datapath}, {"sock", sock}, {"strict", strict}, {"shield", shield}} {
 		for name, m := range object.spec.Maps {
 			if strings.HasPrefix(name, ".") {
 				continue // constants of the compiler
@@ -223,7 +233,7 @@ func TestMaps(t *testing.T) {
 Made by ` + "`go test ./internal/doctest -update`" + ` from the compiled objects.
 
 Sizes are in bytes; of per-CPU maps, for one CPU. Pinned maps stand below ` + "`maps/`" + ` in the instance's pin directory. The shapes
-of keys and values are in bpf/lib/types.h. The sock and the strict object declare all maps of bpf/lib/maps.h and use a few of them.
+of keys and values are in bpf/lib/types.h. The sock, the strict and the shield object declare all maps of bpf/lib/maps.h and use a few of them.
 
 | map | type | written by | key | value | entries | pinned | for |
 |---|---|---|---|---|---|---|---|
