@@ -378,7 +378,13 @@ func (l *Loader) swap() error {
 		if a.Hook == "cgroup" {
 			continue
 		}
-		err := l.attach(a.Program, a.Ifindex)
+		var err error
+		switch {
+		case !isShield(a.Program):
+			err = l.attach(a.Program, a.Ifindex)
+		case l.shield != nil:
+			err = l.shield.swap(a)
+		}
 		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENODEV) {
 			errs = append(errs, err)
 		}

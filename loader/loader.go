@@ -73,6 +73,7 @@ type Loader struct {
 	filters  map[string]Attachment
 	lock     *os.File // of the pin directory
 	moving   []*moving
+	shield   *Shield         // nil: not loaded
 	pinned   map[string]bool // maps of tc, by name
 	replaced []string
 	tooFull  int // flows that do not fit into the table that was asked for

@@ -39,9 +39,10 @@ func isShield(program string) bool { return strings.HasPrefix(program, ShieldPro
 
 // Shield is the XDP program for uplinks. As everything else, what is pinned of it goes on without a daemon.
 type Shield struct {
-	l    *Loader
-	c    *ebpf.Collection
-	mode string
+	l      *Loader
+	c      *ebpf.Collection
+	mode   string
+	pinned map[string]bool // maps of c, by name
 }
 
 // LoadShield loads the shield for ShieldNative or ShieldGeneric.
@@ -55,11 +56,16 @@ func (l *Loader) LoadShield(mode string) (*Shield, error) {
 			m.MaxEntries = have.MaxEntries()
 		}
 	}
+	pinned := pinnedMaps(spec)
 	c, err := l.load(spec, shelf{programsDir(l.opts.BPFFS), bpf.ShieldDigest()})
 	if err != nil {
 		return nil, fmt.Errorf("shield: %w", err)
 	}
-	return &Shield{l: l, c: c, mode: mode}, nil
+	s := &Shield{l: l, c: c, mode: mode, pinned: pinned}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.shield = s
+	return s, nil
 }
 
 // Maps are the maps that the shield works on. They are closed with it.
@@ -73,8 +79,9 @@ func (s *Shield) pinName(mode string, ifindex int) string {
 }
 
 // Attach puts the shield on a device, replacing an older version of it without a gap; one in the other
-// mode is taken off first. It is idempotent, and mends what somebody has detached. It fails with
-// ErrForeignXDP or ErrNoNativeXDP.
+// mode is taken off first. It is idempotent, and mends what somebody has detached. Until TakeOver has changed
+// tables that are to be, it does nothing: the shield's flow tables are those that the others write. It fails
+// with ErrForeignXDP or ErrNoNativeXDP.
 func (s *Shield) Attach(ifindex int) error {
 	flags, other := link.XDPDriverMode, ShieldGeneric
 	if s.mode == ShieldGeneric {
@@ -82,6 +89,9 @@ func (s *Shield) Attach(ifindex int) error {
 	}
 	s.l.mu.Lock()
 	defer s.l.mu.Unlock()
+	if len(s.l.moving) > 0 {
+		return nil
+	}
 	name := s.pinName(s.mode, ifindex)
 	if err := errors.Join(s.l.unpinLink(s.pinName(other, ifindex)), s.l.forgetDetached(name)); err != nil {
 		return err
@@ -105,13 +115,16 @@ func (l *Loader) forgetDetached(name string) error {
 	if !ok {
 		return nil
 	}
-	info, err := k.Info()
-	if err == nil {
-		if x := info.XDP(); x == nil || x.Ifindex != 0 {
-			return nil
-		}
+	if attached, err := isAttached(k); err == nil && attached {
+		return nil
 	}
 	return l.unpinLink(name)
+}
+
+// swap replaces the program of a pinned link. A device that is gone, or that somebody has taken the shield
+// off, is left to Attach. The caller holds l.mu.
+func (s *Shield) swap(a Attachment) error {
+	return s.l.attachLink(pinName(a.Program, a.Ifindex), s.c.Programs[ShieldProgram], func() (link.Link, error) { return nil, unix.ENODEV })
 }
 
 // unpinLink lets go of a link, which ends it; a missing one is no error.
@@ -145,7 +158,12 @@ func (l *Loader) detachShield(keep map[int]bool) error {
 }
 
 // Close closes file descriptors; what is pinned stays.
-func (s *Shield) Close() { s.c.Close() }
+func (s *Shield) Close() {
+	s.l.mu.Lock()
+	defer s.l.mu.Unlock()
+	s.l.shield = nil
+	s.c.Close()
+}
 
 // RemoveShield takes away what an earlier daemon has left of a shield: links, programs and maps.
 func (l *Loader) RemoveShield() error {

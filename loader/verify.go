@@ -50,7 +50,7 @@ func (l *Loader) Verify() (Verified, error) {
 			k.Close()
 			delete(l.links, name)
 			errs = append(errs, removePin(filepath.Join(linksDir(l.opts.BPFFS), name)))
-		} else if a := parsePin(name); a.Hook != "cgroup" {
+		} else if a := parsePin(name); a.Hook != "cgroup" && a.Hook != "xdp" {
 			ahead, err := aheadOf(a)
 			errs = append(errs, err)
 			v.Ahead = append(v.Ahead, ahead...)
@@ -118,6 +118,9 @@ func isAttached(k link.Link) (bool, error) {
 	if netkit := info.Netkit(); netkit != nil {
 		return netkit.Ifindex != 0, nil
 	}
+	if xdp := info.XDP(); xdp != nil {
+		return xdp.Ifindex != 0, nil
+	}
 	if cgroup := info.Cgroup(); cgroup != nil {
 		return cgroup.CgroupId != 0, nil
 	}
@@ -137,10 +140,12 @@ func (l *Loader) repin() (n int, err error) {
 	if err := l.relock(); err != nil {
 		return 0, err
 	}
-	for name, m := range l.tc.Maps {
-		if !l.pinned[name] {
-			continue
-		}
+	tables := make(map[string]*ebpf.Map)
+	if l.shield != nil {
+		addPinned(tables, l.shield.c.Maps, l.shield.pinned)
+	}
+	addPinned(tables, l.tc.Maps, l.pinned)
+	for name, m := range tables {
 		if made, err := pinAgain(filepath.Join(maps.Dir(l.opts.BPFFS), name), func(path string) error {
 			c, err := m.Clone() // one that knows of no pin
 			if err != nil {
@@ -181,6 +186,15 @@ func (l *Loader) repin() (n int, err error) {
 		}
 	}
 	return n, nil
+}
+
+// addPinned adds the maps that are to be pinned.
+func addPinned(to, from map[string]*ebpf.Map, pinned map[string]bool) {
+	for name, m := range from {
+		if pinned[name] {
+			to[name] = m
+		}
+	}
 }
 
 func pinAgain(path string, pin func(string) error) (bool, error) {

@@ -8,11 +8,13 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"sync"
 	"testing"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/bpfnet/bpfnet/internal/lab"
@@ -119,10 +121,16 @@ func TestShieldDenies(t *testing.T) {
 			require.Empty(t, k.Say(t, fmt.Sprint("still ", asked)).Error, who)
 			asked++
 		}
-		w.refused(t, w.Client, "tcp", at(lab.Host4, 8080))
-		w.refused(t, w.Client, "udp", at(lab.Host6, 8080))
-		w.refused(t, w.Client, "udp", at(lab.Host4, 7000))
-		w.refused(t, w.Client, "tcp", at(lab.Host6, 7000))
+		var wait sync.WaitGroup // each takes as long as nobody answers
+		for _, dial := range [][2]string{
+			{"tcp", at(lab.Host4, 8080)}, {"udp", at(lab.Host6, 8080)}, {"udp", at(lab.Host4, 7000)}, {"tcp", at(lab.Host6, 7000)},
+		} {
+			wait.Go(func() {
+				_, err := w.Client.Get("--network", dial[0], "--timeout", noAnswer.String(), dial[1])
+				assert.Error(t, err, "%s", dial)
+			})
+		}
+		wait.Wait()
 		for _, client := range hosts {
 			for _, network := range []string{"tcp", "udp"} {
 				w.Host.MustGet(t, "--network", network, at(client, 7001))
