@@ -271,7 +271,8 @@ const (
 	DatapathHookHOOK_TO_UPLINK    DatapathHook = 5
 	DatapathHookHOOK_BRIDGE       DatapathHook = 6
 	DatapathHookHOOK_STRICT       DatapathHook = 7
-	DatapathHookHOOK_COUNT        DatapathHook = 8
+	DatapathHookHOOK_SHIELD       DatapathHook = 8
+	DatapathHookHOOK_COUNT        DatapathHook = 9
 )
 
 type DatapathHostAddr struct {
@@ -406,7 +407,9 @@ const (
 	DatapathReasonREASON_FLOW_CAP           DatapathReason = 25
 	DatapathReasonREASON_TABLES_MOVING      DatapathReason = 26
 	DatapathReasonREASON_SPOOFED_ROUTER     DatapathReason = 27
-	DatapathReasonREASON_COUNT              DatapathReason = 28
+	DatapathReasonREASON_DENIED             DatapathReason = 28
+	DatapathReasonREASON_SYN_RATE           DatapathReason = 29
+	DatapathReasonREASON_COUNT              DatapathReason = 30
 )
 
 type DatapathReservation struct {

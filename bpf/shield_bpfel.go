@@ -364,6 +364,7 @@ type ShieldTrustedKey struct {
 const (
 	ShieldMapAllowedSources  = "allowed_sources"
 	ShieldMapConfig          = "config"
+	ShieldMapDeviceSockets   = "device_sockets"
 	ShieldMapDrops           = "drops"
 	ShieldMapEndpointFlows   = "endpoint_flows"
 	ShieldMapEndpointSlots   = "endpoint_slots"
@@ -454,6 +455,7 @@ type ShieldProgramSpecs struct {
 type ShieldMapSpecs struct {
 	AllowedSources  *ebpf.MapSpec `ebpf:"allowed_sources"`
 	Config          *ebpf.MapSpec `ebpf:"config"`
+	DeviceSockets   *ebpf.MapSpec `ebpf:"device_sockets"`
 	Drops           *ebpf.MapSpec `ebpf:"drops"`
 	EndpointFlows   *ebpf.MapSpec `ebpf:"endpoint_flows"`
 	EndpointSlots   *ebpf.MapSpec `ebpf:"endpoint_slots"`
@@ -520,6 +522,7 @@ func (o *ShieldObjects) Close() error {
 type ShieldMaps struct {
 	AllowedSources  *ebpf.Map `ebpf:"allowed_sources"`
 	Config          *ebpf.Map `ebpf:"config"`
+	DeviceSockets   *ebpf.Map `ebpf:"device_sockets"`
 	Drops           *ebpf.Map `ebpf:"drops"`
 	EndpointFlows   *ebpf.Map `ebpf:"endpoint_flows"`
 	EndpointSlots   *ebpf.Map `ebpf:"endpoint_slots"`
@@ -562,6 +565,7 @@ func (m *ShieldMaps) Close() error {
 	return _ShieldClose(
 		m.AllowedSources,
 		m.Config,
+		m.DeviceSockets,
 		m.Drops,
 		m.EndpointFlows,
 		m.EndpointSlots,
