@@ -5,6 +5,7 @@ package bench
 import (
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"fmt"
 	"net/netip"
 	"runtime"
@@ -37,7 +38,7 @@ var (
 )
 
 // dropModes are who drops, the limit first.
-var dropModes = []string{XDPDrop, RawDrop, NetdevDrop}
+var dropModes = []string{XDPDrop, RawDrop, NetdevDrop, Bpfnet}
 
 // dropGroup drops packets from a denied network at a host's uplink.
 func dropGroup() Group {
@@ -57,9 +58,10 @@ func dropGroup() Group {
 
 // dropper is a host whose uplink drops.
 type dropper struct {
-	mode  string
-	lab   *lab.Lab
-	maker frameMaker
+	mode   string
+	lab    *lab.Lab
+	bpfnet *lab.Bpfnet
+	maker  frameMaker
 }
 
 func newDropper(t testing.TB, mode string) *dropper {
@@ -91,6 +93,10 @@ func newDropper(t testing.TB, mode string) *dropper {
 		ip saddr %s counter drop
 	}
 }`, lab.HostIf, unwantedNet), "nft", "-f", "-")
+	}
+	if mode == Bpfnet {
+		d.bpfnet = d.lab.StartBpfnet(t, nil, "--shield")
+		d.bpfnet.MustCLI(t, "deny", "add", unwantedNet.String())
 	}
 	if err == nil {
 		d.maker.program, err = returning(xdpTX)
@@ -211,6 +217,23 @@ func (d *dropper) dropped(ctx context.Context) (uint64, error) {
 		for line := range strings.Lines(out) {
 			if strings.Contains(line, "-j DROP") {
 				return n, scanAfter(line, "[", &n)
+			}
+		}
+	case Bpfnet:
+		out, err := d.bpfnet.CLI("shield", "-o", "json")
+		if err != nil {
+			return 0, err
+		}
+		var shown struct {
+			Denied []struct {
+				Prefix  netip.Prefix
+				Packets uint64
+			}
+		}
+		err = json.Unmarshal([]byte(out), &shown)
+		for _, denied := range shown.Denied {
+			if denied.Prefix == unwantedNet {
+				return denied.Packets, err
 			}
 		}
 	case NetdevDrop:

@@ -88,11 +88,17 @@ var reachTargets = []reachTarget{
 		of: reachKey(Restart, Bpfnet, 0, "reconciled", 1000)},
 	{row: 11, what: "latency p99 while the daemon restarts ÷ quiet", want: 2, most: true,
 		of: reachKey(Restart, Bpfnet, 0, "p99", 1000), by: reachKey(Restart, Bpfnet, 0, "p99-quiet", 1000)},
+	// "Shield drops per second per CPU against an nftables netdev-ingress drop and an iptables raw drop, one run: at
+	// least 1.5 × the better one"
+	{row: 12, what: "shield drops ÷ iptables raw", want: 1.5,
+		of: reachKey(Drop, Bpfnet, 4, "drops", 0), by: reachKey(Drop, RawDrop, 4, "drops", 0)},
+	{row: 12, what: "shield drops ÷ nftables at the device", want: 1.5,
+		of: reachKey(Drop, Bpfnet, 4, "drops", 0), by: reachKey(Drop, NetdevDrop, 4, "drops", 0)},
 	// "SYN flood on a published port at one offered rate for both modes: honest crr at least 3 × that of iptables mode,
 	// and at least 0.3 of its own without the flood"
-	{row: 12, what: "crr below a SYN flood ÷ iptables", want: 3,
+	{row: 13, what: "crr below a SYN flood ÷ iptables", want: 3,
 		of: reachKey(Flood, Bpfnet, 4, "crr", floodRate), by: reachKey(Flood, DockerIPTables, 4, "crr", floodRate)},
-	{row: 12, what: "crr below a SYN flood ÷ without", want: 0.3,
+	{row: 13, what: "crr below a SYN flood ÷ without", want: 0.3,
 		of: reachKey(Flood, Bpfnet, 4, "crr", floodRate), by: reachKey(Flood, Bpfnet, 4, "crr-quiet", 0)},
 }
 

@@ -213,6 +213,9 @@ func reachReport(set map[Key]float64) Report {
 	full(reachKey("flows", Bpfnet, 4, "crr", 500000), "1/s", 920)
 	full(reachKey(Restart, Bpfnet, 0, "p99-quiet", 1000), "ns", 10e3)
 	full(reachKey(Restart, Bpfnet, 0, "p99", 1000), "ns", 15e3)
+	full(reachKey(Drop, RawDrop, 4, "drops", 0), "1/s", 900)
+	full(reachKey(Drop, NetdevDrop, 4, "drops", 0), "1/s", 1000)
+	full(reachKey(Drop, Bpfnet, 4, "drops", 0), "1/s", 1600)
 	full(reachKey(Flood, DockerIPTables, 4, "crr", floodRate), "1/s", 100)
 	full(reachKey(Flood, Bpfnet, 4, "crr", floodRate), "1/s", 400)
 	full(reachKey(Flood, Bpfnet, 4, "crr-quiet", 0), "1/s", 1000)
@@ -246,7 +249,7 @@ func TestReach(t *testing.T) {
 		assert.True(t, l.Measured, l.What)
 		assert.True(t, l.Met, "%s: %s", l.What, l.Value)
 	}
-	assert.Len(t, rows, 12)
+	assert.Len(t, rows, 13)
 
 	published := reachKey("published", Bpfnet, 4, "crr", 0)
 	published6 := reachKey("egress", Bpfnet, 6, "rr", 0)
