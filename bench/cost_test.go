@@ -43,17 +43,18 @@ func TestDrop(t *testing.T) {
 		require.Equal(t, "1/s", rec.Unit)
 		require.Positive(t, rec.CPU.Median)
 	}
+
+	d := newDropper(t, RawDrop)
+	d.lab.Host.MustRun(t, "iptables", "-t", "raw", "-I", "PREROUTING", "-j", "ACCEPT")
+	_, err := d.probe(shortly).Measure(t.Context())
+	require.ErrorContains(t, err, "0 of ")
+
 	drops := func(mode string) float64 {
 		return records[Key{Scenario: Drop, Mode: mode, Family: 4, Metric: "drops"}].Median
 	}
 	better := max(drops(RawDrop), drops(NetdevDrop))
 	promise.Kept(t, promise.Cost, "The shield drops what is denied before the kernel has made a packet of it.",
 		"%.2f million packets a second and CPU, %.1f times as many as a rule of nftables or iptables", drops(Bpfnet)/1e6, drops(Bpfnet)/better)
-
-	d := newDropper(t, RawDrop)
-	d.lab.Host.MustRun(t, "iptables", "-t", "raw", "-I", "PREROUTING", "-j", "ACCEPT")
-	_, err := d.probe(shortly).Measure(t.Context())
-	require.ErrorContains(t, err, "0 of ")
 }
 
 // Needs root and a Docker Engine. The flood is of whole SYNs, reaches the container, and leaves room for others.
