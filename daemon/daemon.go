@@ -731,7 +731,8 @@ func (d *Daemon) reconcile() (err error) {
 			}
 		}
 		errs = append(errs, d.apply(in, settings), d.count(adopted))
-	} else if renew {
+	}
+	if renew { // tables that are the same have renewed nothing
 		errs = append(errs, d.writer.Renew())
 	}
 	d.relayResumes(round, devices)
