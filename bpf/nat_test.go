@@ -470,3 +470,20 @@ func TestNATStackError(t *testing.T) {
 		same(t, "about no flow", own(quoted(at(a, 81))), r.out)
 	})
 }
+
+// A port that a socket of the host has, which is bound to a device, is not masqueraded with.
+func TestDeviceSocketKeepsPort(t *testing.T) {
+	h := newHost(t, 1024)
+	h.setSNAT(snatFirst, 1)
+	forFamilies(t, func(t *testing.T, f family) {
+		h.t = t
+		h.reset()
+		send := func() result {
+			return h.from(alice, packet.UDP(at(f.addr(alice), 40000), at(f.client2, 53), toGateway(alice)))
+		}
+		h.put("device_sockets", uint32(snatFirst), uint32(1))
+		h.drops("its port", snatExhausted, "container", send)
+		h.put("device_sockets", uint32(snatFirst), uint32(0))
+		require.EqualValues(t, actRedirect, send().action, "the socket is closed")
+	})
+}

@@ -838,6 +838,8 @@ func TestSockHeldTuple(t *testing.T) {
 		{"no address", lab.host, dialScript{v4, tcp, []string{"bind 0.0.0.0:20000", "connect 10.77.0.2:80"}}, true},
 		{"that address", lab.host, dialScript{v4, tcp, []string{"bind 10.77.0.1:20000", "connect 10.77.0.2:80"}}, true},
 		{"UDP", lab.host, dialScript{v4, udp, []string{"bind 0.0.0.0:20000", "connect 10.77.0.2:80", "send"}}, true},
+		{"UDP, not connected", lab.host, dialScript{v4, udp, []string{"bind 0.0.0.0:20000", "sendto 10.77.0.2:80"}}, true},
+		{"UDP, not connected, mapped", lab.host, dialScript{v6, udp, []string{"bind [::]:20000", "sendto [::ffff:10.77.0.2]:80"}}, true},
 		{"mapped", lab.host, dialScript{v6, tcp, []string{"bind [::]:20000", "connect [::ffff:10.77.0.2]:80"}}, true},
 		{"IPv6", lab.host, dialScript{v6, tcp, []string{"bind [::]:20000", "connect [fd77::2]:80"}}, true},
 		{"IPv6, that address", lab.host, dialScript{v6, tcp, []string{"bind [fd77::1]:20000", "connect [fd77::2]:80"}}, true},
@@ -857,6 +859,53 @@ func TestSockHeldTuple(t *testing.T) {
 			}
 			assert.NotContains(t, r.Err, taken)
 			assert.Contains(t, r.Answer, "container:", "%+v", r)
+		})
+	}
+}
+
+// A socket that is bound to a device counts at its masquerade port for as long as it is open.
+func TestSockDevice(t *testing.T) {
+	lab := newSockLab(t)
+	const bound = 20000
+	class := make([]byte, lab.maps["port_class"].ValueSize())
+	require.NoError(t, lab.maps["port_class"].Lookup(uint32(0), &class))
+	class[member(t, lab.spec.Maps["port_class"].Value, "ports")+bound] |= byte(bpf.DatapathPortBitsPORT_SNAT)
+	require.NoError(t, lab.maps["port_class"].Put(uint32(0), class))
+	counted := func() (n uint32) {
+		require.NoError(t, lab.maps["device_sockets"].Lookup(uint32(bound), &n))
+		return n
+	}
+	var server net.PacketConn
+	require.NoError(t, inNamespace(lab.host, func() (err error) {
+		server, err = net.ListenPacket("udp", ":9999")
+		return err
+	}))
+	t.Cleanup(func() { server.Close() })
+	const v4, v6 = unix.AF_INET, unix.AF_INET6
+	for _, c := range []struct {
+		name   string
+		script dialScript
+		want   uint32
+	}{
+		{"connect", dialScript{v4, udp, []string{"device lo", "bind 0.0.0.0:20000", "connect 127.0.0.1:9999", "send"}}, 1},
+		{"connect, IPv6", dialScript{v6, udp, []string{"device lo", "bind [::]:20000", "connect [::1]:9999", "send"}}, 1},
+		{"send", dialScript{v4, udp, []string{"device lo", "bind 0.0.0.0:20000", "sendto 127.0.0.1:9999"}}, 1},
+		{"send, IPv6", dialScript{v6, udp, []string{"device lo", "bind [::]:20000", "sendto [::1]:9999"}}, 1},
+		{"no device", dialScript{v4, udp, []string{"bind 0.0.0.0:20000", "connect 127.0.0.1:9999", "send"}}, 0},
+		{"another port", dialScript{v4, udp, []string{"device lo", "bind 0.0.0.0:20001", "connect 127.0.0.1:9999", "send"}}, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			result := make(chan dialResult)
+			go func() { result <- lab.dial(t, lab.host, c.script) }()
+			buf := make([]byte, 64)
+			_, from, err := server.ReadFrom(buf)
+			require.NoError(t, err)
+			open := counted()
+			_, err = server.WriteTo([]byte("answer"), from)
+			require.NoError(t, err)
+			require.Equal(t, "answer", (<-result).Answer)
+			require.Equal(t, c.want, open)
+			require.Zero(t, counted(), "closed")
 		})
 	}
 }
