@@ -80,13 +80,37 @@ static long settle(void *map __attribute__((unused)), __u32 *key __attribute__((
 	return 0;
 }
 
+#define SWEEP_PURGE 256 /* beside the pressure */
+
+static __always_inline int flow_over_of(const struct flow *f, __u32 proto, __u32 now, __u32 how,
+					const bool v6)
+{
+	const struct config *cfg = config_get();
+
+	if (how & SWEEP_PURGE && flow_orphaned(f))
+		return true;
+	return cfg && flow_expired(cfg, proto, f, flow_partner(f, proto, v6), now,
+				   how & (SWEEP_PURGE - 1));
+}
+
+/* Whether an entry is to go. Global functions: they are asked twice, and the verifier walks them once. */
+__noinline int flow_over4(const struct flow4 *f, __u32 proto, __u32 now, __u32 how)
+{
+	return f ? flow_over_of(&f->f, proto, now, how, false) : 0;
+}
+
+__noinline int flow_over6(const struct flow6 *f, __u32 proto, __u32 now, __u32 how)
+{
+	return f ? flow_over_of(&f->f, proto, now, how, true) : 0;
+}
+
 static __always_inline bool flow_over(const struct sweep *s, const struct flow *f, __u8 proto,
 				      const bool v6)
 {
-	if (s->purge && flow_orphaned(f))
-		return true;
-	return s->cfg &&
-	       flow_expired(s->cfg, proto, f, flow_partner(f, proto, v6), s->now, s->pressure[v6]);
+	__u32 how = s->pressure[v6] | (s->purge ? SWEEP_PURGE : 0);
+
+	return v6 ? flow_over6((const struct flow6 *)f, proto, s->now, how) :
+		    flow_over4((const struct flow4 *)f, proto, s->now, how);
 }
 
 static __always_inline void sweep_flow(struct sweep *s, const void *key, const struct flow *f,
