@@ -162,6 +162,30 @@ func TestUnanswered(t *testing.T) {
 			in("more", packet.Flags("PA"), packet.Seq(6, 7001), packet.Payload([]byte("world")))
 			state("confirmed", 0, 2)
 		})
+		run("confirmed while tables move", func(t *testing.T) {
+			in("SYN", syn)
+			out("SYN-ACK", answer, packet.Seq(7000, 1))
+			h.setConfig(func(c *bpf.DatapathConfig) { c.HoldUntil = h.now() + 100 })
+			in("ACK", packet.Flags("A"), packet.Seq(1, 7001))
+			out("the server speaks first", packet.Flags("PA"), packet.Seq(7001, 1), packet.Payload([]byte("220")))
+			state("held", 1, 0)
+			h.setConfig(func(c *bpf.DatapathConfig) { c.HoldUntil = 0 })
+			in("its ACK", packet.Flags("A"), packet.Seq(1, 7004))
+			state("confirmed", 0, 2)
+		})
+		run("by its own address, at a port that is published for the host's", func(t *testing.T) {
+			const published = 31
+			h.setMode(t, netOne, bpf.DatapathGatewayModeGATEWAY_NAT_UNPROTECTED)
+			h.publish(f, f.unspecified, unix.IPPROTO_TCP, 80, alice, 80, published)
+			h.connect(f, client, at(a, 80), alice, 80)
+			state("confirmed", 0, 2)
+			for _, port := range h.flowPorts(f) {
+				require.NotEqualValues(t, published, port, "it did not come by that")
+			}
+			h.bump()
+			h.uplink(packet.TCP(client, at(a, 80), fromOutside, packet.Flags("A")))
+			state("after a change of policy", 0, 2)
+		})
 		run("by its own address", func(t *testing.T) {
 			h.setMode(t, netOne, bpf.DatapathGatewayModeGATEWAY_NAT_UNPROTECTED)
 			h.connect(f, client, at(a, 80), alice, 80)
@@ -186,6 +210,20 @@ func TestUnanswered(t *testing.T) {
 			require.Equal(t, 4, h.entries(f), "who is there")
 		})
 	})
+}
+
+// flowPorts are the slots of the published ports that the entries of a flow table came by.
+func (h *host) flowPorts(f family) (out []uint16) {
+	if f.v6 {
+		for _, v := range h.flows6() {
+			out = append(out, v.F.Port)
+		}
+		return out
+	}
+	for _, v := range h.flows4() {
+		out = append(out, v.F.Port)
+	}
+	return out
 }
 
 // portSlot is the slot of a published port on any address.

@@ -273,6 +273,8 @@ static __always_inline int conclude_of(struct __sk_buff *skb, struct scratch *s,
 				count_endpoint_drop(skb, slot);
 			return drop(skb, p->hook, -err);
 		}
+		if (s->plan.confirmed)
+			syn_forget(s, v6);
 		slot = s->plan.port;
 		c = slot ? bpf_map_lookup_elem(&port_stats, &slot) : NULL;
 		if (c)

@@ -351,6 +351,12 @@ __noinline int nat_take_port6(struct __sk_buff *skb, bool any)
 	return s ? nat_take_port_of(skb, s, any, true) : -REASON_SNAT_EXHAUSTED;
 }
 
+/* Whether the flow tables are being copied. */
+static __always_inline bool tables_held(const struct config *cfg)
+{
+	return cfg->hold_until && (__s32)(cfg->hold_until - ticks()) > 0;
+}
+
 static __always_inline int flow_open_of(struct __sk_buff *skb, struct scratch *s, const bool v6)
 {
 	const struct packet *p = &s->packet;
@@ -361,7 +367,7 @@ static __always_inline int flow_open_of(struct __sk_buff *skb, struct scratch *s
 	if (!cfg)
 		return -REASON_NOT_READY;
 	/* It would be in one of two tables. Its sender tries again. */
-	if (cfg->hold_until && (__s32)(cfg->hold_until - ticks()) > 0)
+	if (tables_held(cfg))
 		return -REASON_TABLES_MOVING;
 	if (flow_capped(cfg, &s->plan))
 		return -REASON_FLOW_CAP;

@@ -51,14 +51,19 @@ static __always_inline void syn_answer(struct __sk_buff *skb, const struct packe
 	seq[1] = 1;
 }
 
-/* Whether the packet acknowledges what the container sent in the waiting connection f. */
+/*
+ * Whether the packet acknowledges what the container sent in the waiting connection f. While no flow may be
+ * opened none does: its client might not send again, so it goes on waiting.
+ */
 static __always_inline bool syn_confirms(struct __sk_buff *skb, const struct packet *p,
-					 const struct flow *f, const bool v6)
+					 const struct config *cfg, const struct flow *f,
+					 const bool v6)
 {
 	const __u32 *seq = v6 ? &((const struct syn6 *)f)->seq : &((const struct syn4 *)f)->seq;
 	__be32 ack;
 
 	return (p->tcp_flags & (TCP_SYN | TCP_RST | TCP_ACK)) == TCP_ACK && seq[1] &&
+	       !tables_held(cfg) &&
 	       !bpf_skb_load_bytes(skb, p->l4 + offsetof(struct tcphdr, ack_seq), &ack,
 				   sizeof(ack)) &&
 	       bpf_ntohl(ack) - seq[0] < SYN_WINDOW;
@@ -74,15 +79,30 @@ static __always_inline bool syn_same(const struct packet *p, const struct flow *
 	return ((const struct flow4 *)f)->saddr == p->daddr.w[3];
 }
 
-/* The waiting connection f of key becomes the flow of s->plan. */
-static __always_inline void syn_confirmed(struct scratch *s, const void *key, const struct flow *f,
-					  const bool v6)
+/* The waiting connection f is to become the flow of s->plan. */
+static __always_inline void syn_confirmed(struct scratch *s, const struct flow *f)
 {
 	s->plan.confirmed = true;
 	s->plan.seen_flags = f->tcp_flags;
 	s->plan.seen_packets = f->packets;
 	s->plan.seen_bytes = f->bytes;
-	bpf_map_delete_elem(syn_table(v6), key);
+}
+
+/* It has become one. Where that was refused it still waits, for its client's next packet. */
+static __always_inline void syn_forget(struct scratch *s, const bool v6)
+{
+	const struct packet *p = &s->packet;
+	const struct plan *n = &s->plan;
+
+	if (v6) {
+		flow_key6(&s->key6, &n->daddr, &p->saddr, n->dport, p->sport, p->proto,
+			  HOOK_CONTAINER);
+		bpf_map_delete_elem(&syns6, &s->key6);
+	} else {
+		flow_key4(&s->key4, &n->daddr, &p->saddr, n->dport, p->sport, p->proto,
+			  HOOK_CONTAINER);
+		bpf_map_delete_elem(&syns4, &s->key4);
+	}
 }
 
 /*
@@ -103,8 +123,8 @@ static __always_inline int syn_wait_of(struct __sk_buff *skb, struct scratch *s,
 	f = bpf_map_lookup_elem(syn_table(v6), key);
 	if (f && !syn_same(p, f, v6))
 		f = NULL;
-	if (f && syn_confirms(skb, p, f, v6)) {
-		syn_confirmed(s, key, f, v6);
+	if (f && syn_confirms(skb, p, cfg, f, v6)) {
+		syn_confirmed(s, f);
 		return 0;
 	}
 	if (p->tcp_flags & TCP_RST && !f)

@@ -129,7 +129,8 @@ static __always_inline bool uplink_confirms(struct __sk_buff *skb, struct scratc
 	__u32 slot;
 	void *key;
 
-	if (!port || !port_serves(port, v6))
+	/* A container's own address may be dialled at a port that is published for all of the host's. */
+	if (!port || !port_serves(port, v6) || !is_host_addr(&p->daddr, v6))
 		return false;
 	plan_start(n, p);
 	n->daddr = port->addr;
@@ -146,7 +147,7 @@ static __always_inline bool uplink_confirms(struct __sk_buff *skb, struct scratc
 	}
 	f = bpf_map_lookup_elem(syn_table(v6), key);
 	if (!f || f->generation != (__u16)cfg->generation || !syn_same(p, f, v6) ||
-	    !syn_confirms(skb, p, f, v6))
+	    !syn_confirms(skb, p, cfg, f, v6))
 		return false;
 	slot = port->endpoint;
 	target = endpoint_get(slot);
@@ -165,7 +166,7 @@ static __always_inline bool uplink_confirms(struct __sk_buff *skb, struct scratc
 		n->reverse_nexthop = ((struct flow6 *)f)->nexthop;
 	else
 		addr_from_v4(&n->reverse_nexthop, *flow_nexthop4(f));
-	syn_confirmed(s, key, f, v6);
+	syn_confirmed(s, f);
 	return true;
 }
 
