@@ -49,6 +49,7 @@ type Listener struct {
 	m     *Maps
 	place uint32
 	ring  *ebpf.Map
+	id    ebpf.MapID // of ring
 	r     *ringbuf.Reader
 	next  time.Time // when to say again that it listens
 	wall  time.Time // the wall clock at zero of CLOCK_MONOTONIC
@@ -74,25 +75,47 @@ func (m *Maps) Listen() (*Listener, error) {
 		l.ring.Close()
 		return nil, fmt.Errorf("read a ring buffer: %w", err)
 	}
-	err = m.listeners(func(until []uint64) error {
-		free := slices.IndexFunc(until, func(t uint64) bool { return t < uint64(now) })
-		if free < 0 {
-			return ErrListeners
+	info, err := l.ring.Info()
+	if err == nil {
+		var known bool
+		if l.id, known = info.ID(); !known {
+			err = errors.New("the kernel does not tell its ID")
 		}
-		l.place = uint32(free)
-		if err := m.m["event_rings"].Put(l.place, l.ring); err != nil {
-			return fmt.Errorf("write event_rings: %w", err)
-		}
-		until[free] = uint64(now + listenFor)
-		return nil
-	})
+	}
+	if err == nil {
+		err = m.listeners(l.claim)
+	}
 	if err != nil {
 		l.r.Close()
 		l.ring.Close()
-		return nil, err
+		return nil, fmt.Errorf("listen to drops: %w", err)
 	}
 	l.next = time.Now().Add(listenFor / 3)
 	return l, nil
+}
+
+// claim takes a free place.
+func (l *Listener) claim(until []uint64) error {
+	now, err := monotonic()
+	if err != nil {
+		return err
+	}
+	free := slices.IndexFunc(until, func(t uint64) bool { return t < uint64(now) })
+	if free < 0 {
+		return ErrListeners
+	}
+	l.place = uint32(free)
+	if err := l.m.m["event_rings"].Put(l.place, l.ring); err != nil {
+		return fmt.Errorf("write event_rings: %w", err)
+	}
+	until[free] = uint64(now + listenFor)
+	return nil
+}
+
+// owns says whether its place is still its own: who is silent for long loses it to the next who comes.
+func (l *Listener) owns() bool {
+	var id ebpf.MapID
+	return l.m.m["event_rings"].Lookup(l.place, &id) == nil && id == l.id
 }
 
 // listeners changes who listens, one process at a time.
@@ -181,6 +204,9 @@ func (l *Listener) stay() error {
 		return err
 	}
 	return l.m.listeners(func(until []uint64) error {
+		if !l.owns() {
+			return l.claim(until)
+		}
 		until[l.place] = uint64(now + listenFor)
 		return nil
 	})
@@ -228,6 +254,9 @@ func (m *Maps) missed() (Missed, error) {
 // Close frees its place.
 func (l *Listener) Close() error {
 	err := l.m.listeners(func(until []uint64) error {
+		if !l.owns() {
+			return nil
+		}
 		until[l.place] = 0
 		if err := l.m.m["event_rings"].Delete(l.place); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return fmt.Errorf("write event_rings: %w", err)

@@ -45,9 +45,20 @@ func TestListeners(t *testing.T) {
 	require.NoError(t, err)
 	require.EqualValues(t, 1, other.place)
 
-	all[1] = other
-	for _, l := range all {
-		require.NoError(t, l.Close())
+	// Who lost its place takes another, and leaves the new one's alone.
+	all[1].next = time.Now()
+	_, err = all[1].Next(time.Now())
+	require.ErrorIs(t, err, os.ErrDeadlineExceeded)
+	require.NotEqual(t, other.place, all[1].place)
+	require.True(t, other.owns())
+	require.False(t, all[all[1].place].owns(), "whose place it took")
+	require.NoError(t, all[all[1].place].Close())
+	require.True(t, all[1].owns())
+
+	for i, l := range append(all, other) {
+		if i != 2 { // which is closed
+			require.NoError(t, l.Close())
+		}
 	}
 	require.Zero(t, places(), "nobody is told any more")
 	for i := range uint32(maxListeners) {
