@@ -308,12 +308,13 @@ type dropNames struct {
 	byLink map[int]api.Endpoint
 	bridge map[string]string // the network's name by that of its bridge
 	l3     map[string]bool   // devices without a link layer
+	device map[int]string    // other devices that were asked for, by index; the kernel tells all of them at once
 }
 
 func newDropNames(s *api.Snapshot) *dropNames {
 	n := &dropNames{
 		byAddr: make(map[netip.Addr]api.Endpoint), byLink: make(map[int]api.Endpoint),
-		bridge: make(map[string]string), l3: make(map[string]bool),
+		bridge: make(map[string]string), l3: make(map[string]bool), device: make(map[int]string),
 	}
 	for _, e := range s.Endpoints {
 		for _, text := range e.Addresses {
@@ -336,16 +337,26 @@ func newDropNames(s *api.Snapshot) *dropNames {
 	return n
 }
 
+func (n *dropNames) deviceName(ifindex int) string {
+	name, known := n.device[ifindex]
+	if !known {
+		if dev, err := net.InterfaceByIndex(ifindex); err == nil {
+			name = dev.Name
+		}
+		n.device[ifindex] = name
+	}
+	return name
+}
+
 // event names a drop, and says whether it is wanted.
 func (n *dropNames) event(e bpfmaps.Event, f dropFilter) (DropEvent, bool) {
 	d := DropEvent{Time: e.Time, Reason: e.Reason, Hook: e.Hook, Direction: directions[e.Hook], Length: e.Length}
 	networks, containers := []string{}, []string{}
-	if dev, err := net.InterfaceByIndex(e.Ifindex); err == nil {
-		d.Device = dev.Name
-	}
 	if at, ok := n.byLink[e.Ifindex]; ok {
 		d.Device, d.Network = at.Link, at.Network
 		networks, containers = append(networks, at.Network), append(containers, at.Name)
+	} else {
+		d.Device = n.deviceName(e.Ifindex)
 	}
 	d.Network = cmp.Or(d.Network, n.bridge[d.Device])
 	// At the cgroup of strict mode there is no link layer.
