@@ -656,6 +656,11 @@ func (d *Daemon) reconcile() (err error) {
 	// What a device refused is no failure of a verb about others: whether its own are served, it asks.
 	var errs, ofDevices []error
 	defer func() {
+		if err != nil && renew {
+			d.mu.Lock()
+			d.renew = true
+			d.mu.Unlock()
+		}
 		d.endRound(round, err)
 		err = errors.Join(append(ofDevices, err)...)
 	}()
@@ -718,6 +723,10 @@ func (d *Daemon) reconcile() (err error) {
 		err = d.takeOver()
 	}
 	errs = append(errs, err)
+	if err != nil && d.loader.Moving() {
+		// The programs that are attached go on with their own tables, rather than with none of their flows.
+		return errors.Join(errs...)
+	}
 	changed, err := d.attach(devices, served, pinned, reported)
 	ofDevices = append(ofDevices, err)
 	in.Attached = d.attached

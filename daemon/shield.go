@@ -196,7 +196,7 @@ func (d *Daemon) changeDenied(ctx context.Context, change func([]netip.Prefix) [
 		d.denied = next
 	}
 	d.mu.Unlock()
-	if err != nil || out.Changed == 0 || !out.Shield {
+	if err != nil || !out.Shield { // one that was stored already need not be in force
 		return out, err
 	}
 	return out, d.Flush(ctx)

@@ -19,5 +19,8 @@ func (d *Daemon) takeOver() error {
 		d.moved = true
 		d.log.Info("flow tables carried over to another shape or size", "tables", taken.Tables, "entries", taken.Flows, "took", time.Since(began))
 	}
+	if taken.Lost > 0 {
+		d.log.Warn("flow tables are full: entries were left behind; see --flows", "entries", taken.Lost)
+	}
 	return nil
 }

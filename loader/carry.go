@@ -53,6 +53,8 @@ type moving struct {
 	inPlace bool
 	// This instance's programs write the new one.
 	swapped bool
+	// Entries that the last merge found no room for.
+	lost int
 }
 
 func (m *moving) close() {
@@ -217,7 +219,11 @@ func (m *moving) fill(from *ebpf.Map) error {
 		for i := range n {
 			m.reshape(shaped.at(i), values.at(i))
 		}
-		if _, err := m.to.BatchUpdate(keys.first(n), shaped.first(n), nil); err != nil {
+		_, err := m.to.BatchUpdate(keys.first(n), shaped.first(n), nil)
+		if errors.Is(err, unix.E2BIG) {
+			return nil // merge tries each of them again
+		}
+		if err != nil {
 			return fmt.Errorf("write %s: %w", m.to, err)
 		}
 		return nil
@@ -227,6 +233,7 @@ func (m *moving) fill(from *ebpf.Map) error {
 // merge copies what the old tables have and the new one has not, or has as it was before. Old and new
 // programs may be writing both.
 func (m *moving) merge() error {
+	m.lost = 0
 	for _, from := range m.from {
 		if err := m.mergeFrom(from); err != nil {
 			return err
@@ -244,8 +251,12 @@ func (m *moving) mergeFrom(from *ebpf.Map) error {
 			err := m.to.Lookup(key, have)
 			switch {
 			case errors.Is(err, ebpf.ErrKeyNotExist):
-				if err = m.to.Update(key, value, ebpf.UpdateNoExist); errors.Is(err, ebpf.ErrKeyExist) {
+				err = m.to.Update(key, value, ebpf.UpdateNoExist)
+				switch {
+				case errors.Is(err, ebpf.ErrKeyExist):
 					err = nil // a packet was faster
+				case errors.Is(err, unix.E2BIG):
+					m.lost, err = m.lost+1, nil
 				}
 			case err != nil:
 			case m.flow && later(value, have), !m.flow && !m.swapped && !bytes.Equal(value, have):
@@ -290,6 +301,7 @@ func keepFlags(to, from []byte) {
 type Taken struct {
 	Tables []string // that changed hands; none: all were as they are wanted
 	Flows  int      // entries that flows4 and flows6 hold now, two a flow
+	Lost   int      // entries of all tables that there was no room for
 }
 
 // TakeOver puts this instance's programs in the place of an earlier one's, where tables changed their shape
@@ -348,6 +360,7 @@ func (l *Loader) TakeOver(hold func(bool) error) (taken Taken, err error) {
 			m.inPlace = true
 		}
 		taken.Tables = append(taken.Tables, m.name)
+		taken.Lost += m.lost
 		if m.flow {
 			n, err := maps.Entries(m.to)
 			if err != nil {
@@ -366,6 +379,14 @@ func (l *Loader) TakeOver(hold func(bool) error) (taken Taken, err error) {
 	return taken, nil
 }
 
+// Moving reports whether tables are still to change hands: this instance's programs use others than those
+// that are attached.
+func (l *Loader) Moving() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.moving) > 0
+}
+
 // swap replaces the programs of every pinned link and filter by this instance's. A device that is gone
 // has none. The caller holds l.mu.
 func (l *Loader) swap() error {
@@ -380,6 +401,8 @@ func (l *Loader) swap() error {
 		}
 		var err error
 		switch {
+		case !isShield(a.Program) && l.tc.Programs[a.Program] == nil:
+			// Another build's alone: whoever wants none there takes it off.
 		case !isShield(a.Program):
 			err = l.attach(a.Program, a.Ifindex)
 		case l.shield != nil:
