@@ -5,6 +5,7 @@ package load
 import (
 	"bytes"
 	"fmt"
+	"math"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -86,11 +87,19 @@ func sleepUntil(t int64) {
 	}
 }
 
-// started is what now counts from.
-var started, startedAt = func() (time.Time, int64) {
-	var ts unix.Timespec
-	unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts)
-	return time.Now(), ts.Nano()
+// started is what now counts from: one moment, read by both clocks. Of some tries, the one with the least between the two
+// readings; the wall clock's is the earlier, so that now never lags behind what sleepUntil waited for.
+var started, startedAt = func() (best time.Time, at int64) {
+	gap := time.Duration(math.MaxInt64)
+	for range 20 {
+		var ts unix.Timespec
+		before := time.Now()
+		unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts)
+		if took := time.Since(before); took < gap {
+			best, at, gap = before, ts.Nano(), took
+		}
+	}
+	return best, at
 }()
 
 // now is the monotonic clock in nanoseconds, read without entering the kernel.
