@@ -23,6 +23,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/bpfnet/bpfnet/api"
 	"github.com/bpfnet/bpfnet/internal/lab"
 )
 
@@ -375,8 +376,18 @@ func (s *stage) daemon(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// fill takes all that is free of the state directory's file system.
+// fill takes all that is free of the state directory's file system. What a file that is being replaced takes for a moment would be room again
+// behind it, so the daemon has to be done with writing first.
 func (s *stage) fill(ts *testscript.TestScript, _ bool, _ []string) {
+	lab.Eventually(s.t, 30*time.Second, "nothing is written any more", func() bool {
+		for _, name := range []string{"state.db", api.SnapshotName} {
+			info, err := os.Stat(filepath.Join(s.b.State, name))
+			if err != nil || time.Since(info.ModTime()) < time.Second {
+				return false
+			}
+		}
+		return true
+	})
 	f, err := os.Create(filepath.Join(s.b.State, "ballast"))
 	ts.Check(err)
 	defer f.Close()
