@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -55,6 +56,21 @@ func TestTopology(t *testing.T) {
 	}
 	if out, err := l.Host.Run(t.Context(), "ip", "-o", "link", "show", "type", "veth"); err != nil || strings.Count(out, "\n") != 1 {
 		t.Errorf("host's interfaces: %v\n%s", err, out)
+	}
+}
+
+// What ends its goroutine, as a failed require does, fails and does not hang.
+func TestDoThatEnds(t *testing.T) {
+	l := New(t, Opts{})
+	err := l.Host.Do(func() error {
+		runtime.Goexit()
+		return nil
+	})
+	if err == nil || !strings.Contains(err.Error(), "ended its goroutine") {
+		t.Errorf("ended: %v", err)
+	}
+	if err := l.Host.Do(func() error { return nil }); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -70,29 +70,31 @@ func (l *Lab) newNS(t testing.TB, name string, cgroup *os.File) *NS {
 func onOwnThread(f func() error) error {
 	result := make(chan error, 1)
 	go func() {
+		err := errors.New("it ended its goroutine, as t.FailNow does")
+		defer func() { result <- err }()
 		runtime.LockOSThread()
-		old, err := netns.Get()
-		if err != nil {
+		old, getErr := netns.Get()
+		if getErr != nil {
 			runtime.UnlockOSThread()
-			result <- err
+			err = getErr
 			return
 		}
 		defer old.Close()
-		err = f()
+		failed := f()
 		if back := netns.Set(old); back != nil {
 			// Ending the goroutine without unlocking ends the thread.
-			result <- errors.Join(err, fmt.Errorf("leave namespace: %w", back))
+			err = errors.Join(failed, fmt.Errorf("leave namespace: %w", back))
 			return
 		}
 		runtime.UnlockOSThread()
-		result <- err
+		err = failed
 	}()
 	return <-result
 }
 
 // Do runs f on a thread that is in the namespace. Sockets that f opens stay there;
 // goroutines that f starts, and what they open, do not.
-// F must not call t.Fatal: it runs on a goroutine of its own.
+// F should not call t.Fatal: it runs on a goroutine of its own, and Do then only fails.
 func (n *NS) Do(f func() error) error {
 	return onOwnThread(func() error {
 		h, err := netns.GetFromPath(n.Path)
