@@ -167,9 +167,7 @@ func Load(opts Options) (*Loader, error) {
 		l.Close()
 		return nil, fmt.Errorf("read the sock object: %w", err)
 	}
-	// The sock object shares the maps; it declares the flow tables with their nominal size.
-	spec.Maps["flows4"].MaxEntries = size
-	spec.Maps["flows6"].MaxEntries = size / 2
+	l.shareSizes(spec)
 	l.sock, err = l.load(spec, sock)
 	if err == nil {
 		err = clearBuilds(programsDir(opts.BPFFS), datapath, sock, shelf{object: bpf.StrictDigest()}, shelf{object: bpf.ShieldDigest()})
@@ -180,6 +178,16 @@ func Load(opts Options) (*Loader, error) {
 	}
 	l.sweepers = loadSweepers(sweeps, l.tc.Maps, datapath)
 	return l, nil
+}
+
+// shareSizes gives the maps of another object the sizes that the data path's have: it shares them by their pins, and declares
+// the flow tables with their nominal size. A pin of another size would be taken for another version's, and replaced.
+func (l *Loader) shareSizes(spec *ebpf.CollectionSpec) {
+	for name, m := range spec.Maps {
+		if have := l.tc.Maps[name]; have != nil {
+			m.MaxEntries = have.MaxEntries()
+		}
+	}
 }
 
 // load makes a collection of pinned maps. A pinned map of another shape is of another version: it is

@@ -10,6 +10,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/bpfnet/bpfnet/internal/lab"
@@ -123,6 +124,41 @@ func TestFlowTableSize(t *testing.T) {
 	require.EqualValues(t, 8192, v4, "asked for")
 	require.NoError(t, loader.Cleanup(paths, nil))
 	require.NoError(t, os.MkdirAll(paths.BPFFS, 0o700))
+}
+
+// Needs root. Strict mode looks into the tables that the data path has, and leaves their pins as they are.
+func TestStrictSharesTables(t *testing.T) {
+	lb := lab.New(t, lab.Opts{})
+	paths := loader.Paths{BPFFS: lb.BPFFS, Cgroup: lb.Cgroup}
+	assert.NoError(t, lb.Host.Do(func() error {
+		l, err := loader.Load(loader.Options{Paths: paths, Flows: 4096, Classifier: netdev.Clsact{}})
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		if _, err := l.LoadStrict(filepath.Join(lb.Cgroup, "containers")); err != nil {
+			return err
+		}
+		for _, name := range []string{"flows4", "flows6"} {
+			pinned, err := ebpf.LoadPinnedMap(filepath.Join(maps.Dir(lb.BPFFS), name), nil)
+			if err != nil {
+				return err
+			}
+			defer pinned.Close()
+			assert.Equal(t, mapID(t, l.Maps().Map(name)), mapID(t, pinned), name)
+		}
+		return nil
+	}))
+}
+
+func mapID(t *testing.T, m *ebpf.Map) ebpf.MapID {
+	t.Helper()
+	info, err := m.Info()
+	if !assert.NoError(t, err) {
+		return 0
+	}
+	id, _ := info.ID()
+	return id
 }
 
 // Needs root. A map of another shape is of another version; the rest survives.

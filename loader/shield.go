@@ -51,11 +51,7 @@ func (l *Loader) LoadShield(mode string) (*Shield, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the shield's object: %w", err)
 	}
-	for name, m := range spec.Maps {
-		if have := l.tc.Maps[name]; have != nil {
-			m.MaxEntries = have.MaxEntries()
-		}
-	}
+	l.shareSizes(spec)
 	pinned := pinnedMaps(spec)
 	c, err := l.load(spec, shelf{programsDir(l.opts.BPFFS), bpf.ShieldDigest()})
 	if err != nil {

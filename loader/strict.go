@@ -46,6 +46,7 @@ func (l *Loader) LoadStrict(dir string) (*Strict, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the strict object: %w", err)
 	}
+	l.shareSizes(spec)
 	c, err := l.load(spec, shelf{programsDir(l.opts.BPFFS), bpf.StrictDigest()})
 	if err != nil {
 		return nil, err
