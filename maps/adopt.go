@@ -9,7 +9,6 @@ import (
 	"slices"
 
 	"github.com/cilium/ebpf"
-	"golang.org/x/sys/unix"
 
 	"github.com/bpfnet/bpfnet/bpf"
 	"github.com/bpfnet/bpfnet/policy"
@@ -165,9 +164,7 @@ func one(err error) (int, error) {
 
 // monotonicTicks is the data path's clock.
 func monotonicTicks() uint32 {
-	var ts unix.Timespec
-	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts)
-	return uint32(uint64(ts.Nano()) >> 30)
+	return uint32(uint64(monotonic()) >> 30)
 }
 
 // hold has the data path look for flows at ports that netfilter chose, outside of the range that we choose

@@ -330,31 +330,12 @@ func (m *Maps) config() (bpf.DatapathConfig, error) {
 
 // countIf counts the values of a map that pass the test, in few system calls.
 func countIf[K, V any](m *ebpf.Map, test func(V) bool) (n int, err error) {
-	err = eachBatch(m, func(_ K, v V) {
+	err = batches(m, func(_ K, v V) {
 		if test(v) {
 			n++
 		}
 	})
 	return n, err
-}
-
-// eachBatch calls f for the entries of a map. Some may come twice or not at all where others come and go.
-func eachBatch[K, V any](m *ebpf.Map, f func(K, V)) error {
-	const batch = 4096
-	var cursor ebpf.MapBatchCursor
-	keys, values := make([]K, batch), make([]V, batch)
-	for {
-		got, err := m.BatchLookup(&cursor, keys, values, nil)
-		for i := range got {
-			f(keys[i], values[i])
-		}
-		if errors.Is(err, ebpf.ErrKeyNotExist) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-	}
 }
 
 // Busiest is the destination towards which the most masquerade ports are taken, and how many there are.
@@ -391,12 +372,12 @@ func (m *Maps) BusiestDestination(share float64) (Busiest, error) {
 		}
 	}
 	if v4/2 >= least {
-		err = eachBatch(m.m["flows4"], func(k bpf.DatapathFlow4Key, f bpf.DatapathFlow4) {
+		err = batches(m.m["flows4"], func(k bpf.DatapathFlow4Key, f bpf.DatapathFlow4) {
 			count(k.Proto, f.F.Flags, fromAddr4(f.Daddr), port16(f.F.Dport))
 		})
 	}
 	if v6/2 >= least {
-		err = errors.Join(err, eachBatch(m.m["flows6"], func(k bpf.DatapathFlow6Key, f bpf.DatapathFlow6) {
+		err = errors.Join(err, batches(m.m["flows6"], func(k bpf.DatapathFlow6Key, f bpf.DatapathFlow6) {
 			count(k.Proto, f.F.Flags, fromAddr(f.Daddr), port16(f.F.Dport))
 		}))
 	}
