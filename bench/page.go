@@ -172,7 +172,7 @@ func (r Report) markdown(scenario string) string {
 	}
 	slices.SortFunc(modes, func(a, b string) int { return cmp.Compare(slices.Index(Modes, a), slices.Index(Modes, b)) })
 	var bases []string // what bpfnet is compared with
-	for _, base := range []string{DockerIPTables, DockerProxy, limitOf[scenario]} {
+	for _, base := range []string{DockerIPTables, DockerProxy, ProxyPinned, limitOf[scenario]} {
 		if base == DockerProxy && scenario != "host-published" && scenario != "run-ports" {
 			continue // where the proxy carries nothing, it is no other mode than the one before
 		}

@@ -63,11 +63,13 @@ func setCPUs(pid string, cpus *unix.CPUSet) error {
 	return nil
 }
 
-// proxyNote tells where the Engine's proxies run.
-const proxyNote = "docker-proxy runs on the CPU of client and server"
+// proxyNote tells where the Engine's proxies run, in the modes that have them.
+var proxyNote = map[string]string{
+	DockerProxy: "docker-proxy runs on any CPU, as the Engine starts it", ProxyPinned: "docker-proxy runs on the CPU of client and server",
+}
 
-// pinProxies puts the site's proxies where both ends of the traffic are: they are in its way.
-func (s *site) pinProxies(t testing.TB) {
+// placeProxies lets the site's proxies run on these CPUs.
+func (s *site) placeProxies(t testing.TB, cpus ...int) {
 	t.Helper()
 	pids, err := processesIn(s.lab.Host, "docker-proxy")
 	if err != nil {
@@ -76,10 +78,12 @@ func (s *site) pinProxies(t testing.TB) {
 	if len(pids) == 0 {
 		t.Fatal("no docker-proxy runs")
 	}
-	var work unix.CPUSet
-	work.Set(WorkCPU())
+	var set unix.CPUSet
+	for _, cpu := range cpus {
+		set.Set(cpu)
+	}
 	for _, pid := range pids {
-		if err := setCPUs(strconv.Itoa(pid), &work); err != nil {
+		if err := setCPUs(strconv.Itoa(pid), &set); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -87,7 +91,7 @@ func (s *site) pinProxies(t testing.TB) {
 
 // Pinning says what runs where.
 func Pinning() string {
-	return fmt.Sprintf("client and server, iperf3 and docker-proxy included: CPU %d; harness, engines, daemons: the other %d. "+
+	return fmt.Sprintf("client and server, iperf3 included: CPU %d; harness, engines, daemons: the other %d; docker-proxy: any, and in mode docker-proxy-pinned that of client and server. "+
 		"Both ends are started by the harness and enter the namespaces and cgroups of containers and hosts: no seccomp profile, in no mode. "+
 		"Congestion control reno; neighbours stay reachable; br_netfilter is on, as an Engine leaves it",
 		WorkCPU(), len(allowed)-1)

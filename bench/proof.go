@@ -102,7 +102,7 @@ func strays(m moved) uint64 { return 50 + m.packets/100 }
 
 // proxied reports whether the Engine's proxy copies what goes along the path.
 func (p path) proxied() bool {
-	return p.mode == DockerProxy && (p.scenario == "host-published" || p.scenario == "hairpin")
+	return (p.mode == DockerProxy || p.mode == ProxyPinned) && (p.scenario == "host-published" || p.scenario == "hairpin")
 }
 
 func (p path) claims(m moved) []claim {
@@ -124,7 +124,7 @@ func (p path) claims(m moved) []claim {
 			return append(claims, atLeast(judged, m.packets))
 		}
 		return append(claims, atLeast(redirected, m.packets), atMost(toStack, strays(m)))
-	case DockerIPTables, DockerProxy, NFTables:
+	case DockerIPTables, DockerProxy, ProxyPinned, NFTables:
 		if p.proxied() {
 			return []claim{atLeast(proxyCPU, 1)}
 		}

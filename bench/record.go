@@ -9,21 +9,22 @@ import (
 
 // The modes. A mode is who forwards, and the limits that nobody who forwards can beat.
 const (
-	Host           = "host"            // limit: the server is a process of the host
-	Loopback       = "loopback"        // limit: client and server in one container
-	Engine         = "engine"          // limit of control: a real Engine that forwards nothing, iptables and proxy off
-	DockerIPTables = "docker-iptables" // a real Engine, iptables on, userland proxy off
-	DockerProxy    = "docker-proxy"    // a real Engine with its default settings
-	NFTables       = "nftables"        // the rules of Engine 29's nftables backend, loaded by nft
-	Bpfnet         = "bpfnet"          // a real Engine, iptables and proxy off, and bpfnet
-	Sandboxes      = "sandboxes"       // bpfnet's own, without an Engine
-	XDPDrop        = "xdp-drop"        // limit of dropping: an XDP program that drops whatever comes
-	RawDrop        = "iptables-raw"    // a rule that drops in table raw of iptables
-	NetdevDrop     = "nft-netdev"      // a rule that drops at the device, by nftables
+	Host           = "host"                // limit: the server is a process of the host
+	Loopback       = "loopback"            // limit: client and server in one container
+	Engine         = "engine"              // limit of control: a real Engine that forwards nothing, iptables and proxy off
+	DockerIPTables = "docker-iptables"     // a real Engine, iptables on, userland proxy off
+	DockerProxy    = "docker-proxy"        // a real Engine with its default settings
+	ProxyPinned    = "docker-proxy-pinned" // the same, its proxies on the CPU of both ends
+	NFTables       = "nftables"            // the rules of Engine 29's nftables backend, loaded by nft
+	Bpfnet         = "bpfnet"              // a real Engine, iptables and proxy off, and bpfnet
+	Sandboxes      = "sandboxes"           // bpfnet's own, without an Engine
+	XDPDrop        = "xdp-drop"            // limit of dropping: an XDP program that drops whatever comes
+	RawDrop        = "iptables-raw"        // a rule that drops in table raw of iptables
+	NetdevDrop     = "nft-netdev"          // a rule that drops at the device, by nftables
 )
 
 // Modes are all of them, limits first, in the order of reports.
-var Modes = []string{Host, Loopback, Engine, DockerIPTables, DockerProxy, NFTables, Bpfnet, Sandboxes, XDPDrop, RawDrop, NetdevDrop}
+var Modes = []string{Host, Loopback, Engine, DockerIPTables, DockerProxy, ProxyPinned, NFTables, Bpfnet, Sandboxes, XDPDrop, RawDrop, NetdevDrop}
 
 // Key names what is measured. No two records of one run have the same.
 type Key struct {

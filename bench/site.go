@@ -72,7 +72,7 @@ func newSite(t testing.TB, mode string) *site {
 		return s
 	case DockerIPTables:
 		engine.IPTables, engine.IP6Tables = true, true
-	case DockerProxy:
+	case DockerProxy, ProxyPinned:
 		engine.IPTables, engine.IP6Tables, engine.Proxy = true, true, true
 	}
 	s.docker = s.lab.StartDocker(t, engine)
@@ -92,7 +92,9 @@ func newSite(t testing.TB, mode string) *site {
 	case NFTables:
 		s.loadNFT(t)
 	case DockerProxy:
-		s.pinProxies(t)
+		s.placeProxies(t, allowed...)
+	case ProxyPinned:
+		s.placeProxies(t, WorkCPU())
 	}
 	return s
 }

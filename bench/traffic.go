@@ -92,6 +92,9 @@ const largestPacket = 64 << 10
 // trafficGroup measures one way of traffic in all modes.
 func trafficGroup(scenario string) Group {
 	modes := []string{limitOf[scenario], DockerIPTables, DockerProxy, NFTables, Bpfnet}
+	if scenario == "host-published" {
+		modes = slices.Insert(modes, 3, ProxyPinned)
+	}
 	return Group{
 		Name:      scenario,
 		Scenarios: []string{scenario},
@@ -122,7 +125,7 @@ func trafficGroup(scenario string) Group {
 				}
 				for _, m := range meters {
 					for i, s := range sites {
-						if (!m.full || s.mode != DockerProxy && s.mode != NFTables) && (!o.Quick || m.quick(scenario)) {
+						if (!m.full || !slices.Contains([]string{DockerProxy, ProxyPinned, NFTables}, s.mode)) && (!o.Quick || m.quick(scenario)) {
 							p := s.path(scenario, family).probe(m, o, reached[i])
 							if family == 6 && !reachNeeds(p.Key) {
 								p.Rounds = 1
@@ -151,7 +154,7 @@ func (m meter) quick(scenario string) bool {
 func (p path) settle(t testing.TB) error {
 	t.Helper()
 	patience := 10 * time.Second
-	docker := slices.Contains([]string{DockerIPTables, DockerProxy, NFTables}, p.mode) &&
+	docker := slices.Contains([]string{DockerIPTables, DockerProxy, ProxyPinned, NFTables}, p.mode) &&
 		(p.scenario == "host-published" || p.scenario == "hairpin")
 	if docker {
 		patience = 4 * time.Second
@@ -183,7 +186,7 @@ func (p path) probe(m meter, o Options, unreached error) Probe {
 		return probe
 	}
 	if p.proxied() {
-		probe.Note = proxyNote
+		probe.Note = proxyNote[p.mode]
 	}
 	probe.Measure = func(ctx context.Context) (Sample, error) {
 		before, err := p.counters()
