@@ -65,6 +65,40 @@ func particular(p netip.Prefix) bool {
 	return !a.IsMulticast() && !a.IsLinkLocalUnicast() && !a.IsLoopback()
 }
 
+// Hop is where the host sends something.
+type Hop struct {
+	Ifindex int  // of the device that leads there; 0: there is no route, or one that refuses
+	Local   bool // it is the host's own
+	Encap   bool // in a tunnel that only the stack can make
+}
+
+// RouteOf asks where the host sends what comes from src by the device of index in; without in, where what it sends itself
+// goes, and src is not looked at.
+func (d *Devices) RouteOf(src, dst netip.Addr, in int) (Hop, error) {
+	options := &netlink.RouteGetOptions{}
+	if in != 0 {
+		options.IifIndex, options.SrcAddr = in, src.AsSlice()
+	}
+	list, err := d.handle.RouteGetWithOptions(dst.AsSlice(), options)
+	for _, refused := range []unix.Errno{unix.ENETUNREACH, unix.EHOSTUNREACH, unix.EACCES, unix.EINVAL, unix.ENETDOWN, unix.ESRCH} {
+		if errors.Is(err, refused) {
+			return Hop{}, nil
+		}
+	}
+	if err != nil {
+		return Hop{}, fmt.Errorf("route to %s: %w", dst, err)
+	}
+	for i := range list {
+		switch list[i].Type {
+		case unix.RTN_UNICAST:
+			return Hop{Ifindex: oif(&list[i]), Encap: list[i].Encap != nil}, nil
+		case unix.RTN_LOCAL, unix.RTN_BROADCAST, unix.RTN_ANYCAST:
+			return Hop{Local: true}, nil
+		}
+	}
+	return Hop{}, nil
+}
+
 func listRoutes(h *netlink.Handle, family int) ([]netlink.Route, error) {
 	return retry("list routes", func() ([]netlink.Route, error) {
 		list, err := h.RouteList(nil, family)

@@ -259,24 +259,25 @@ func (x *explainer) isolation(a, b EndpointRow, self bool) (reason, why string) 
 	return "isolated", "they are in different networks, which are not allowed to talk"
 }
 
-// published is the port that the packet dials: an exact address comes first.
-func (x *explainer) published() (PortRow, bool) {
-	dst := x.p.Tuple.Dst
+// Published is the port that who dials an address of the host finds there: an exact address comes first.
+func (t Tables) Published(proto Proto, dst netip.AddrPort) (PortRow, bool) {
 	any := netip.IPv4Unspecified()
 	if dst.Addr().Is6() {
 		any = netip.IPv6Unspecified()
 	}
 	for _, host := range []netip.AddrPort{dst, netip.AddrPortFrom(any, dst.Port())} {
-		key := PortKey{Proto: x.p.Proto, Host: host}
-		if row, ok := x.t.Ports[key]; ok {
+		key := PortKey{Proto: proto, Host: host}
+		if row, ok := t.Ports[key]; ok {
 			return row, true
 		}
-		if row, ok := x.t.Closed[key]; ok {
+		if row, ok := t.Closed[key]; ok {
 			return row, true
 		}
 	}
 	return PortRow{}, false
 }
+
+func (x *explainer) published() (PortRow, bool) { return x.t.Published(x.p.Proto, x.p.Tuple.Dst) }
 
 // serves reports whether packets of the family can be sent where the port leads.
 func (x *explainer) serves(row PortRow) bool {
