@@ -74,6 +74,8 @@ type Loader struct {
 	lock     *os.File // of the pin directory
 	moving   []*moving
 	shield   *Shield         // nil: not loaded
+	dryMu    sync.Mutex      // of dry; mu is held while programs are attached
+	dry      *Dry            // nil: not loaded
 	pinned   map[string]bool // maps of tc, by name
 	replaced []string
 	tooFull  int // flows that do not fit into the table that was asked for
@@ -392,6 +394,11 @@ func (l *Loader) AttachName() string {
 
 // Close closes file descriptors. What is pinned stays attached.
 func (l *Loader) Close() {
+	l.dryMu.Lock()
+	if l.dry != nil {
+		l.dry.Close()
+	}
+	l.dryMu.Unlock()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, k := range l.links {

@@ -30,6 +30,9 @@ func (s shelf) path(program string) string { return filepath.Join(s.dir, program
 // take returns the program as an earlier daemon loaded it; nil if there is none that works on the
 // maps that this one has.
 func (s shelf) take(spec *ebpf.ProgramSpec, have map[string]*ebpf.Map, pinned map[string]*ebpf.MapSpec) *ebpf.Program {
+	if s == (shelf{}) {
+		return nil
+	}
 	p, err := ebpf.LoadPinnedProgram(s.path(spec.Name), nil)
 	if err != nil {
 		return nil
@@ -74,6 +77,9 @@ func uses(p *ebpf.Program, spec *ebpf.ProgramSpec, have map[string]*ebpf.Map, sp
 
 // put pins a program that was loaded, in place of one of the same name.
 func (s shelf) put(name string, p *ebpf.Program) error {
+	if s == (shelf{}) {
+		return nil
+	}
 	path := s.path(name)
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("replace pinned program %s: %w", name, err)
