@@ -75,6 +75,13 @@ func (n *networks) Denied(context.Context) (DenyList, error) {
 	return DenyList{Prefixes: []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24")}}, n.fail
 }
 
+func (n *networks) Explain(_ context.Context, q Question) (Explanation, error) {
+	if q.To == "nobody" {
+		return Explanation{}, &UnknownError{What: "container", Name: q.To, Nearest: n.names}
+	}
+	return Explanation{Path: "dropped", Reason: "isolated", Sent: Ends{To: q.Source.String()}}, nil
+}
+
 func (n *networks) Disallow(_ context.Context, p Pair) (bool, error) { return n.set(p, false) }
 
 // serve runs a server until the test ends and returns its socket.
@@ -251,4 +258,15 @@ func TestAnnounce(t *testing.T) {
 	require.NoError(t, c.Announce(t.Context(), b))
 	b.Proto = "sctp"
 	require.EqualError(t, c.Announce(t.Context(), b), "no container has that address")
+}
+
+func TestExplain(t *testing.T) {
+	c := dial(t, serve(t, &networks{names: []string{"db"}}))
+	e, err := c.Explain(t.Context(), Question{From: "web", To: "db", Port: 80, Source: netip.MustParseAddr("10.0.0.1")})
+	require.NoError(t, err)
+	assert.Equal(t, Explanation{Path: "dropped", Reason: "isolated", Sent: Ends{To: "10.0.0.1"}}, e)
+	_, err = c.Explain(t.Context(), Question{From: "web", To: "nobody"})
+	unknown := new(UnknownError)
+	require.ErrorAs(t, err, &unknown)
+	assert.Equal(t, []string{"db"}, unknown.Nearest)
 }

@@ -39,6 +39,8 @@ type Handler interface {
 	Undeny(ctx context.Context, s DenySpec) (DenyResult, error)
 	// Denied is the deny list.
 	Denied(ctx context.Context) (DenyList, error)
+	// Explain says what becomes of a connection's first packet, without one. It fails with UnknownError, and changes nothing.
+	Explain(ctx context.Context, q Question) (Explanation, error)
 	Embedded
 }
 
@@ -219,6 +221,7 @@ func (s *Server) routes() http.Handler {
 		l, err := s.h.Denied(r.Context())
 		answer(w, l, err)
 	})
+	post(mux, pathExplain, s.h.Explain)
 	post(mux, pathNetwork+"create", s.h.CreateNetwork)
 	post(mux, pathNetwork+"remove", s.h.RemoveNetwork)
 	post(mux, pathNetwork+"connect", s.h.Connect)

@@ -121,9 +121,10 @@ func newApp() *App {
 // The exit statuses. A usage error changes nothing and has looked at nothing. Run and exec have those of
 // their command besides.
 const (
-	statusOK    = 0
-	statusError = 1
-	statusUsage = 2
+	statusOK       = 0
+	statusError    = 1
+	statusUsage    = 2
+	statusDisagree = 3 // explain: policy and the data path contradict each other
 )
 
 // usageError is an error in the command line itself.
@@ -228,6 +229,7 @@ inspect) work with the daemon down too.`,
 		a.statusCommand(),
 		a.statsCommand(),
 		a.dropsCommand(),
+		a.explainCommand(),
 		a.doctorCommand(),
 		a.networkCommand(),
 		a.endpointCommand(),

@@ -114,6 +114,7 @@ func TestShieldDenies(t *testing.T) {
 	stream := w.Client.Stream(t, "--interval", "10ms", at(lab.Host4, 8080))
 
 	require.Equal(t, "2 prefixes denied now", w.b.MustCLI(t, "deny", "add", lab.Client4.String(), "2001:db8:1::2/128"))
+	require.Contains(t, w.b.MustCLI(t, "explain", "--from", lab.Client4.String(), "--to", lab.Host4.String(), "--port", "8080"), "Verdict    dropped as denied")
 	asked := 0
 	shut := func() {
 		t.Helper()
