@@ -8,7 +8,13 @@ CLANG_FORMAT := clang-format-14
 VERSION := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 GO_SOURCES := $(shell find . -name '*.go' -not -path './.git/*' -not -name '*_bpfel.go')
 C_SOURCES := $(wildcard bpf/*.c bpf/lib/*.h)
-GENERATED := $(wildcard bpf/*_bpfel.go bpf/*_bpfel.o docs/generated/*)
+GENERATED := $(wildcard bpf/*_bpfel.go bpf/*_bpfel.o docs/generated/* packaging/config.yaml packaging/completions/* packaging/man/*)
+
+# Where build and deb put what they make, and install what is installed. DESTDIR is for who makes packages.
+BIN ?= bin
+PREFIX ?= /usr/local
+SYSCONFDIR ?= /etc
+export BIN PREFIX SYSCONFDIR DESTDIR
 
 # Packages share the machine's network, cgroups and ports: one after another.
 GO_TEST := go test -json -p 1 -count=1
@@ -23,9 +29,22 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: build
-build: ## make bin/bpfnet; needs only Go
+build: ## make bin/bpfnet, a static binary that is the same wherever it is built; needs only Go
 	@scripts/deps.sh build
-	go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/bpfnet ./cmd/bpfnet
+	go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o $(BIN)/bpfnet ./cmd/bpfnet
+
+.PHONY: install
+install: build ## build, and install for this host below PREFIX=/usr/local: binary, unit, config, man pages, completions (root)
+	@scripts/install.sh install
+
+.PHONY: uninstall
+uninstall: ## take away what install has put there, but no config that was edited (root)
+	@scripts/install.sh uninstall
+
+.PHONY: deb
+deb: build ## make bin/bpfnet_VERSION_ARCH.deb; the same files give the same bytes
+	@scripts/deps.sh deb
+	@scripts/deb.sh $(VERSION)
 
 .PHONY: bench-build
 bench-build: build ## make bin/bpfnet-bench too, which measures; needs only Go
@@ -33,7 +52,7 @@ bench-build: build ## make bin/bpfnet-bench too, which measures; needs only Go
 
 .PHONY: run
 run: build ## build, then run the daemon in the foreground (ARGS='--docker off ...')
-	@exec bin/bpfnet daemon $(ARGS)
+	@exec $(BIN)/bpfnet daemon $(ARGS)
 
 .PHONY: demo
 demo: ## show containers talking through bpfnet, in a lab of its own (root, under two minutes)

@@ -7,6 +7,7 @@
 #   test      the engine under test and the tools that the lab runs
 #   generate  the compiler of the BPF objects
 #   check     the formatters
+#   deb       what makes packages
 #
 # Says nothing and touches nothing when all is there. Services of the packages are not started: if the machine has
 # no policy-rc.d of its own, one that forbids it stands there while packages are installed.
@@ -28,7 +29,7 @@ clean() {
 trap clean EXIT
 trap 'exit 130' INT TERM
 
-[ $# -gt 0 ] || die "usage: deps.sh build|test|generate|check ..."
+[ $# -gt 0 ] || die "usage: deps.sh build|test|generate|check|deb ..."
 
 # The packages of each group. The engine is Debian's docker.io, whose dockerd is /usr/sbin/dockerd.
 packages=
@@ -40,11 +41,12 @@ for group in "$@"; do
 	test)
 		packages="$packages docker.io docker-compose iptables nftables iproute2 conntrack tcpdump
 			busybox-static iperf3 ethtool iputils-ping traceroute procps util-linux curl
-			qemu-system-x86 xz-utils strace"
+			qemu-system-x86 xz-utils strace groff-base bash-completion zsh fish"
 		;;
 	generate) packages="$packages clang-14 llvm-14 libbpf-dev linux-libc-dev" ;;
 	check) packages="$packages clang-format-14" ;;
-	*) die "unknown group \"$group\": want build, test, generate or check" ;;
+	deb) packages="$packages dpkg gzip" ;;
+	*) die "unknown group \"$group\": want build, test, generate, check or deb" ;;
 	esac
 done
 

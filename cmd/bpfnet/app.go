@@ -207,6 +207,8 @@ inspect) work with the daemon down too.`,
 		Args:              noSuchCommand,
 		RunE:              showHelp,
 	}
+	root.Version = a.Version // which adds --version
+	root.SetVersionTemplate("bpfnet {{.Version}}\n")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.CompletionOptions.HiddenDefaultCmd = true
 

@@ -254,6 +254,7 @@ func TestErrorIsOneLine(t *testing.T) {
 
 func TestVersion(t *testing.T) {
 	assert.Equal(t, "bpfnet 1.2.3\n", newWorld(t).must("version"))
+	assert.Equal(t, "bpfnet 1.2.3\n", newWorld(t).must("--version"))
 }
 
 func TestDaemonConfig(t *testing.T) {
