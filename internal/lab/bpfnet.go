@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -33,7 +34,8 @@ type Bpfnet struct {
 
 	lab    *Lab
 	binary string
-	tools  string // directory of the image's programs, PATH of all commands
+	via    []string // program and arguments that come before the daemon's own
+	tools  string   // directory of the image's programs, PATH of all commands
 	args   []string
 	extra  []string // of Use
 	proc   *Process
@@ -46,6 +48,12 @@ type Bpfnet struct {
 // It ends with the test, and its sandboxes with it; its log is part of the output of a
 // test that failed.
 func (l *Lab) StartBpfnet(t testing.TB, d *Docker, extra ...string) *Bpfnet {
+	t.Helper()
+	return l.StartBpfnetVia(t, nil, d, extra...)
+}
+
+// StartBpfnetVia is StartBpfnet by way of another program, which executes what follows its own arguments.
+func (l *Lab) StartBpfnetVia(t testing.TB, via []string, d *Docker, extra ...string) *Bpfnet {
 	t.Helper()
 	binary, err := bpfnetBinary()
 	if err != nil {
@@ -60,6 +68,7 @@ func (l *Lab) StartBpfnet(t testing.TB, d *Docker, extra ...string) *Bpfnet {
 		Socket: filepath.Join(l.Dir, "bpfnet.sock"),
 		lab:    l,
 		binary: binary,
+		via:    via,
 		tools:  tools,
 	}
 	engine := "off"
@@ -107,15 +116,33 @@ func (b *Bpfnet) Launch(t testing.TB) {
 		t.Fatal(err)
 	}
 	b.notify = conn
-	cmd := b.lab.Host.command(b.binary, slices.Concat(b.args, b.extra)...)
+	words := slices.Concat(b.via, []string{b.binary}, b.args, b.extra)
+	cmd := b.lab.Host.command(words[0], words[1:]...)
 	cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+notify)
 	if b.proc, err = b.lab.start(cmd, "bpfnet"); err != nil {
 		t.Fatal(err)
 	}
 }
 
+// StartVia is Start by way of another program, as [Lab.StartBpfnetVia] does it, for a daemon that may refuse: the error
+// is what it said. Later starts go that way too.
+func (b *Bpfnet) StartVia(t testing.TB, via ...string) error {
+	t.Helper()
+	b.via = via
+	b.Launch(t)
+	return b.awaitReady(t)
+}
+
 // WaitReady waits until the daemon that Launch has started is ready, as Start does.
 func (b *Bpfnet) WaitReady(t testing.TB) {
+	t.Helper()
+	if err := b.awaitReady(t); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// awaitReady fails when the daemon ends before it is ready.
+func (b *Bpfnet) awaitReady(t testing.TB) (ended error) {
 	t.Helper()
 	buf := make([]byte, 4096)
 	Eventually(t, 30*time.Second, "bpfnet says READY=1", func() bool {
@@ -133,10 +160,11 @@ func (b *Bpfnet) WaitReady(t testing.TB) {
 			}
 		}
 		if exited {
-			t.Fatalf("bpfnet ended before it was ready: %v", b.proc.err)
+			ended = fmt.Errorf("bpfnet ended before it was ready: %w: %s", b.proc.err, tail(b.proc.stderr))
 		}
-		return false
+		return exited
 	})
+	return ended
 }
 
 func (b *Bpfnet) closeNotify() {

@@ -36,6 +36,7 @@ var commands = map[string]struct {
 	"udp-count":     {udpCount, "send a number of datagrams"},
 	"witness":       {witness, "answer probes of all protocols, and tell who sent them"},
 	"probe":         {probe, "try to reach many addresses at once, by all protocols"},
+	"confine":       {confine, "run a program as the service of a unit"},
 }
 
 func main() {
