@@ -17,6 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/bpfnet/bpfnet/daemon"
+	"github.com/bpfnet/bpfnet/policy"
 )
 
 // documents are the Markdown files of the tree, relative to its root.
@@ -178,6 +179,10 @@ func TestMakeTargets(t *testing.T) {
 	for _, doc := range documents(t) {
 		for _, args := range commandLines(read(t, doc), "make") {
 			for _, target := range args {
+				if name, _, set := strings.Cut(target, "="); set {
+					assert.Regexp(t, `(?m)^`+regexp.QuoteMeta(name)+` *[:?]?=`, makefile, "%s: make %s", doc, target)
+					continue
+				}
 				assert.Regexp(t, `(?m)^`+regexp.QuoteMeta(target)+`:`, makefile, "%s: make %s", doc, target)
 			}
 		}
@@ -189,5 +194,11 @@ func TestOperations(t *testing.T) {
 	doc := read(t, "docs/operations.md")
 	for _, name := range daemon.TimeoutNames() {
 		assert.Contains(t, doc, "`"+name+"`")
+	}
+	// What there is room for; slot 0 is nobody's.
+	for what, room := range map[string]int{
+		"networks": policy.MaxNetworks - 1, "endpoints": policy.MaxEndpoints - 1, "published ports": policy.MaxPorts - 1,
+	} {
+		assert.Regexp(t, fmt.Sprintf(`(?m)^\| %s.* \| %d,%03d \|`, what, room/1000, room%1000), doc)
 	}
 }
