@@ -163,6 +163,9 @@ func TestExplainAgrees(t *testing.T) {
 					hex.Dump(explain.Frame(q, place.Link)), strings.Join(s.log, "\n"))
 			}
 			asked[o.Path.String()+" "+o.Reason]++
+			if len(o.Programs) > 1 {
+				asked[strings.Join(o.Programs, " ")]++
+			}
 		}
 		if before != nil {
 			h.unchanged(before)
@@ -170,7 +173,7 @@ func TestExplainAgrees(t *testing.T) {
 	}
 	t.Logf("%d states, %d packets: %v", rounds, rounds*packets, asked)
 	for _, want := range []string{"container ", "uplink ", "stack ", "host ", "dropped isolated", "dropped internal", "dropped icc_disabled",
-		"dropped direct_access", "dropped spoofed_address", "dropped not_published"} {
+		"from_container to_uplink", "from_container from_bridge", "dropped direct_access", "dropped spoofed_address"} {
 		require.NotZero(t, asked[want], "%s: none of %v", want, asked)
 	}
 }
@@ -192,6 +195,14 @@ func TestExplainMeetsFlows(t *testing.T) {
 		h.unchanged(before)
 		return l
 	}
+
+	o, err := explain.Ask(dry, policy.Packet{
+		From: policy.FromHost, Device: 1, Proto: policy.TCP, Tuple: policy.Tuple{Src: at(f.host, 40000), Dst: at(f.host1, pubAlice)},
+	}, explain.Place{})
+	require.NoError(t, err)
+	require.Equal(t, policy.PathContainer, o.Path)
+	require.Equal(t, at(f.addr(alice), 80), o.Dst)
+	require.Equal(t, []string{"from_host", "to_container"}, o.Programs, "it leaves by the container's own device, which lets it pass")
 
 	h.setSNAT(snatFirst, 2)
 	l := ask(alice, syn(alice, 40000, server))

@@ -62,12 +62,18 @@ func Ask(r Runner, p policy.Packet, at Place) (Outcome, error) {
 		return o, err
 	}
 	if l.Opened != nil && o.Path != policy.PathStack {
-		o.Endpoint, o.Port, o.SNAT, o.Uplink = l.Opened.Peer, l.Opened.Port, l.Opened.SNAT, l.Opened.Ifindex
+		o.Endpoint, o.Port, o.SNAT = l.Opened.Peer, l.Opened.Port, l.Opened.SNAT
 		o.Src, o.Dst = l.Opened.Src, l.Opened.Dst
+		if o.Path == policy.PathUplink {
+			o.Uplink = l.Opened.Ifindex
+		}
 	}
 	// The next hook sees what the first has left, and has to let it pass.
 	next := loader.Shot{Ingress: p.Device, Mark: l.Mark, Frame: l.Frame}
 	switch {
+	// A packet of lo, or of a netkit, is sent by the receiver's device; others enter it past all hooks.
+	case o.Path == policy.PathContainer && l.Mark != p.Mark && l.Opened != nil && l.Opened.Ifindex != 0:
+		next.Program, next.Ifindex = loader.ToContainer, l.Opened.Ifindex
 	case o.Path == policy.PathUplink && o.Uplink != 0:
 		next.Program, next.Ifindex = loader.ToUplink, o.Uplink
 	case o.Path == policy.PathStack && p.From == policy.FromContainer && at.Bridge != 0:

@@ -63,7 +63,7 @@ type Opened struct {
 	// How the packet leaves. An echo has its identifier as source port.
 	Src, Dst netip.AddrPort
 	SNAT     bool
-	Ifindex  int  // of the uplink that it leaves by; 0: by none
+	Ifindex  int  // of the device that it leaves by; 0: it is left to the stack, or Waits
 	Waits    bool // until its client acknowledges what the container sends
 }
 
@@ -198,7 +198,7 @@ func (o *Opened) from(endpoint, peer, port uint16, flags bpf.DatapathFlowFlags, 
 	}
 	o.Endpoint, o.Peer, o.Port, o.Waits = endpoint, peer, port, waits
 	o.SNAT = !waits && flags&bpf.DatapathFlowFlagsFLOW_SNAT != 0
-	if !waits && bpf.DatapathHook(flags&bpf.DatapathFlowFlagsFLOW_OUT_MASK) == bpf.DatapathHookHOOK_UPLINK {
+	if !waits {
 		o.Ifindex = int(ifindex)
 	}
 	return true
