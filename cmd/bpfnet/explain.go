@@ -128,7 +128,7 @@ func (a *App) printExplanation(e api.Explanation) error {
 	switch d := e.DataPath; {
 	case d == nil:
 		line("Data path", "not asked: %s", e.Why)
-	case slices.Contains(d.Programs, loader.ToContainer) && d.Path != "dropped":
+	case slices.Equal(d.Programs, []string{loader.ToContainer}) && d.Path != "dropped":
 		line("Data path", "%s: let in", strings.Join(d.Programs, ", "))
 	default:
 		line("Data path", "%s: %s", strings.Join(d.Programs, ", "), pathText(d.Path, d.Reason))

@@ -13,6 +13,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/bpfnet/bpfnet/api"
 	"github.com/bpfnet/bpfnet/bpf"
@@ -88,6 +89,16 @@ func TestExplain(t *testing.T) {
 	} {
 		t.Run(a.name, func(t *testing.T) { a.try(t, w, m) })
 	}
+
+	// Any number may ask at a time.
+	var group errgroup.Group
+	for range 8 {
+		group.Go(func() error {
+			_, err := w.b.CLI("explain", "--from", "cli", "--to", lab.Internet4.String(), "--port", "80")
+			return err
+		})
+	}
+	require.NoError(t, group.Wait())
 
 	// Where somebody has written a map behind the daemon's back, the programs do not do what policy says.
 	var slots []uint16
