@@ -233,13 +233,23 @@ func (m *Maps) eachFlow(each func(proto, hook uint8, key, value policy.Tuple, f 
 
 // batches reads a hash that others write meanwhile: what comes and goes may be missed.
 func batches[K, V any](m *ebpf.Map, each func(K, V)) error {
+	return batchesUntil(m, func(k *K, v *V) error {
+		each(*k, *v)
+		return nil
+	})
+}
+
+// batchesUntil is the same, and ends with the first error of each, which keeps neither of its arguments.
+func batchesUntil[K, V any](m *ebpf.Map, each func(*K, *V) error) error {
 	const size = 1024
 	keys, values := make([]K, size), make([]V, size)
 	var cursor ebpf.MapBatchCursor
 	for {
 		n, err := m.BatchLookup(&cursor, keys, values, nil)
 		for i := range n {
-			each(keys[i], values[i])
+			if err := each(&keys[i], &values[i]); err != nil {
+				return err
+			}
 		}
 		if errors.Is(err, ebpf.ErrKeyNotExist) {
 			return nil

@@ -75,6 +75,7 @@ type counters interface {
 	Fill() ([]maps.Fill, error)
 	BusiestDestination(share float64) (maps.Busiest, error)
 	Denied() ([]maps.Denied, error)
+	EachFlow(each func(*maps.Flow) error) error
 	Close()
 }
 
@@ -199,8 +200,8 @@ another terminal a sandbox, which is a process in a network of its own:
   bpfnet daemon --docker off
   bpfnet run -d -p 8080:8000 python3 -m http.server
 
-The commands that read (stats, status, shield, ps, port, logs, network ls and
-inspect) work with the daemon down too.`,
+The commands that read (stats, status, drops, flows, shield, ps, port, logs,
+network ls and inspect) work with the daemon down too.`,
 		SilenceErrors:     true,
 		SilenceUsage:      true,
 		DisableAutoGenTag: true,
@@ -231,6 +232,7 @@ inspect) work with the daemon down too.`,
 		a.statusCommand(),
 		a.statsCommand(),
 		a.dropsCommand(),
+		a.flowsCommand(),
 		a.explainCommand(),
 		a.doctorCommand(),
 		a.networkCommand(),

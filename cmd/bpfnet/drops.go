@@ -55,14 +55,16 @@ func (p *Party) String() string {
 	if p == nil || !p.Addr.IsValid() {
 		return "?"
 	}
-	s := p.Addr.String()
+	b := make([]byte, 0, 64)
 	if p.Port != 0 {
-		s = net.JoinHostPort(s, strconv.Itoa(int(p.Port)))
+		b = netip.AddrPortFrom(p.Addr, p.Port).AppendTo(b)
+	} else {
+		b = p.Addr.AppendTo(b)
 	}
 	if p.Container != "" {
-		s += " (" + p.Container + ")"
+		b = append(append(append(b, " ("...), p.Container...), ')')
 	}
-	return s
+	return string(b)
 }
 
 // events is where drops come from as they happen.
@@ -109,7 +111,10 @@ type dropFilter struct {
 }
 
 // check refuses names that nothing has.
-func (f dropFilter) check(snap *api.Snapshot) error {
+func (f dropFilter) check(snap *api.Snapshot) error { return checkNames(snap, f.container, f.network) }
+
+// checkNames refuses the names of a container and of a network that nothing has. Empty ones ask for none.
+func checkNames(snap *api.Snapshot, container, network string) error {
 	var containers, networks []string
 	for _, e := range snap.Endpoints {
 		containers = append(containers, e.Name)
@@ -120,7 +125,7 @@ func (f dropFilter) check(snap *api.Snapshot) error {
 	for _, c := range []struct {
 		what, name string
 		all        []string
-	}{{"container", f.container, containers}, {"network", f.network, networks}} {
+	}{{"container", container, containers}, {"network", network, networks}} {
 		if c.name != "" && !slices.Contains(c.all, c.name) {
 			return &api.UnknownError{What: c.what, Name: c.name, Nearest: netdev.Nearest(c.name, c.all)}
 		}

@@ -99,20 +99,20 @@ var tcpFlags = []struct {
 	name string
 }{{2, "S"}, {1, "F"}, {4, "R"}, {8, "P"}, {16, "."}}
 
+// protoNames are the protocols that are told by name.
+var protoNames = map[byte]string{protoICMP: "icmp", protoTCP: "tcp", protoUDP: "udp", protoICMPv6: "icmp6", protoSCTP: "sctp"}
+
+// protoName is a protocol's name, or its number.
+func protoName(proto byte) string {
+	if name, ok := protoNames[proto]; ok {
+		return name
+	}
+	return strconv.Itoa(int(proto))
+}
+
 func (p *packetHead) transport(proto byte, raw []byte, first bool) {
-	switch proto {
-	case protoTCP:
-		p.Proto = "tcp"
-	case protoUDP:
-		p.Proto = "udp"
-	case protoSCTP:
-		p.Proto = "sctp"
-	case protoICMP:
-		p.Proto = "icmp"
-	case protoICMPv6:
-		p.Proto = "icmp6"
-	default:
-		p.Proto = strconv.Itoa(int(proto))
+	p.Proto = protoName(proto)
+	if _, known := protoNames[proto]; !known {
 		return
 	}
 	switch {

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"strconv"
 	"text/tabwriter"
 
 	"github.com/docker/go-units"
@@ -135,4 +136,10 @@ func traffic(packets, bytes uint64) string {
 	return fmt.Sprintf("%d / %s", packets, humanBytes(bytes))
 }
 
-func humanBytes(n uint64) string { return units.HumanSizeWithPrecision(float64(n), 3) }
+// humanBytes is an amount in three digits, as docker stats has it.
+func humanBytes(n uint64) string {
+	if n < 1000 {
+		return strconv.FormatUint(n, 10) + "B"
+	}
+	return units.HumanSizeWithPrecision(float64(n), 3)
+}

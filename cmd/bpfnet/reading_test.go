@@ -30,6 +30,7 @@ type fakeCounters struct {
 	err    error
 
 	busiest maps.Busiest
+	flows   []maps.Flow
 }
 
 func (c fakeCounters) Drops() ([]maps.Drop, error)    { return c.drops, c.err }
@@ -37,6 +38,15 @@ func (c fakeCounters) Fates() ([]maps.Fate, error)    { return c.fates, c.err }
 func (c fakeCounters) Fill() ([]maps.Fill, error)     { return c.fill, c.err }
 func (c fakeCounters) Denied() ([]maps.Denied, error) { return c.denied, c.err }
 func (c fakeCounters) Close()                         {}
+
+func (c fakeCounters) EachFlow(each func(*maps.Flow) error) error {
+	for i := range c.flows {
+		if err := each(&c.flows[i]); err != nil {
+			return err
+		}
+	}
+	return c.err
+}
 
 func (c fakeCounters) BusiestDestination(float64) (maps.Busiest, error) { return c.busiest, c.err }
 
