@@ -262,8 +262,12 @@ func TestUnitFamilies(t *testing.T) {
 	text := read(t, unit)
 	given := line.FindStringSubmatch(text)
 	require.NotNil(t, given)
+	families := strings.Fields(given[1])
+	if os.Getenv("BPFNET_FULL") == "" { // the one that is easily forgotten
+		families = []string{"AF_PACKET"}
+	}
 	h := newHost(t)
-	for _, family := range strings.Fields(given[1]) {
+	for _, family := range families {
 		t.Run(family, func(t *testing.T) {
 			h.b.Stop(t)
 			others := slices.DeleteFunc(strings.Fields(given[1]), func(f string) bool { return f == family })
