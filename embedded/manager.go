@@ -172,6 +172,10 @@ func New(o Options) (*Manager, error) {
 	return m, nil
 }
 
+// restored is a stored time as one of the running process, which the wall clock does not move; one that is yet to come, by
+// a clock that was set back since, is now.
+func restored(at, now time.Time) time.Time { return now.Add(-max(now.Sub(at), 0)) }
+
 // load makes the model of what the store has.
 func (m *Manager) load(own store.Own) error {
 	for _, r := range own.Networks {
@@ -184,9 +188,10 @@ func (m *Manager) load(own store.Own) error {
 	for _, r := range own.Sandboxes {
 		m.boxes[r.ID] = &box{id: r.ID, rec: r, made: true}
 	}
+	now := time.Now()
 	for _, r := range own.Releases {
 		if n := m.networks[r.NetworkID]; n != nil {
-			n.rest(r.Addr, r.At)
+			n.rest(r.Addr, restored(r.At, now))
 		}
 	}
 	for _, r := range own.Endpoints {

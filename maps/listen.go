@@ -52,14 +52,12 @@ type Listener struct {
 	id    ebpf.MapID // of ring
 	r     *ringbuf.Reader
 	next  time.Time // when to say again that it listens
-	wall  time.Time // the wall clock at zero of CLOCK_MONOTONIC
 	since Missed
 }
 
 // Listen begins to listen, by maps that Open has opened. It fails with ErrListeners where too many do.
 func (m *Maps) Listen() (*Listener, error) {
 	l := &Listener{m: m}
-	l.wall = time.Now().Add(-monotonic())
 	var err error
 	if l.since, err = m.missed(); err != nil {
 		return nil, err
@@ -178,8 +176,10 @@ func (l *Listener) decode(raw []byte) (Event, error) {
 	if _, err := binary.Decode(raw, binary.NativeEndian, &e); err != nil {
 		return Event{}, fmt.Errorf("read an event of %d bytes: %w", len(raw), err)
 	}
+	// By its age: the wall clock may have been set since it began to listen.
+	age := monotonic() - time.Duration(e.Time)
 	return Event{
-		Time: l.wall.Add(time.Duration(e.Time)), Reason: nameOf(reasonNames(), int(e.Reason)), Hook: nameOf(hookNames(), int(e.Hook)),
+		Time: time.Now().Add(-age), Reason: nameOf(reasonNames(), int(e.Reason)), Hook: nameOf(hookNames(), int(e.Hook)),
 		Ifindex: int(e.Ifindex), Length: int(e.Len), Head: e.Head[:min(int(e.Captured), len(e.Head))],
 	}, nil
 }
@@ -255,11 +255,4 @@ func (l *Listener) Close() error {
 		return nil
 	})
 	return errors.Join(err, l.r.Close(), l.ring.Close())
-}
-
-// monotonic is CLOCK_MONOTONIC, which the kernel always has.
-func monotonic() time.Duration {
-	var ts unix.Timespec
-	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts)
-	return time.Duration(ts.Nano())
 }

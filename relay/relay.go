@@ -85,6 +85,7 @@ func (l Limits) withDefaults() Limits {
 // Relay serves ports. It is safe for concurrent use.
 type Relay struct {
 	limits Limits
+	begun  time.Time
 	idle   chan struct{} // of one: a client has gone
 
 	mu    sync.Mutex
@@ -116,7 +117,7 @@ type served struct {
 
 // New makes a relay that serves nothing yet.
 func New(l Limits) *Relay {
-	return &Relay{limits: l.withDefaults(), ports: make(map[Key]*served), idle: make(chan struct{}, 1)}
+	return &Relay{limits: l.withDefaults(), begun: time.Now(), ports: make(map[Key]*served), idle: make(chan struct{}, 1)}
 }
 
 // Add serves a port by a bound socket, which is the relay's from here on. One that is served already

@@ -34,7 +34,7 @@ type udpClient struct {
 
 type udpSession struct {
 	conn     *net.UDPConn
-	last     atomic.Int64 // when a packet passed, in Unix nanoseconds
+	last     atomic.Int64 // when a packet passed: time.Duration since the relay began, which no set clock changes
 	answered atomic.Bool
 }
 
@@ -144,7 +144,7 @@ func (u *udpPort) pass(c udpClient, data []byte) {
 			return
 		}
 	}
-	s.last.Store(time.Now().UnixNano())
+	s.last.Store(int64(time.Since(u.r.begun)))
 	// That nobody listens there may change: the client is not told, as by docker-proxy.
 	if _, err := s.conn.Write(data); errors.Is(err, net.ErrClosed) {
 		if s = u.open(c); s != nil { // the port has been led elsewhere
@@ -197,13 +197,13 @@ func (u *udpPort) answer(c udpClient, s *udpSession) {
 		return
 	}
 	control := sourceControl(c)
-	s.last.Store(time.Now().UnixNano())
+	s.last.Store(int64(time.Since(u.r.begun)))
 	for {
 		idle := u.r.limits.Unanswered
 		if s.answered.Load() {
 			idle = u.r.limits.Idle
 		}
-		end := time.Unix(0, s.last.Load()).Add(idle)
+		end := u.r.begun.Add(time.Duration(s.last.Load()) + idle)
 		if !end.After(time.Now()) {
 			return
 		}
@@ -223,7 +223,7 @@ func (u *udpPort) answer(c udpClient, s *udpSession) {
 				return true
 			}
 			s.answered.Store(true)
-			s.last.Store(time.Now().UnixNano())
+			s.last.Store(int64(time.Since(u.r.begun)))
 			_, _, _ = u.conn.WriteMsgUDPAddrPort(b.data[:n], control, c.from)
 			return true
 		})
