@@ -66,6 +66,7 @@ type Daemon struct {
 	cfg          Config
 	log          *slog.Logger
 	started      time.Time
+	clock        moment // of the last look; for the reconciler alone
 
 	store    *store.Store
 	listener net.Listener
@@ -505,6 +506,7 @@ func (d *Daemon) reconcileLoop(ctx context.Context) error {
 	defer tick.Stop()
 	verify := time.NewTicker(verifyEvery)
 	defer verify.Stop()
+	d.clock = d.moment()
 	show := time.NewTimer(time.Hour)
 	defer show.Stop()
 	var showAt time.Time // zero: not at all; later news does not put it off
@@ -517,7 +519,12 @@ func (d *Daemon) reconcileLoop(ctx context.Context) error {
 			signal(due)
 			continue
 		case <-verify.C:
-			if !d.verify() {
+			lost := d.verify()
+			if d.clockSet(d.moment()) {
+				d.mu.Lock()
+				d.resync = true
+				d.mu.Unlock()
+			} else if !lost {
 				continue
 			}
 		case <-tick.C:
