@@ -150,20 +150,19 @@ func NewServer(h Handler) *Server { return &Server{h: h} }
 
 // Run serves until ctx ends, lets requests under way finish, and returns nil. It closes l.
 func (s *Server) Run(ctx context.Context, l net.Listener) error {
-	handler, err := guard(s.routes(), l)
+	who, err := rightsAt(l)
 	if err != nil {
 		l.Close()
 		return fmt.Errorf("serve the api: %w", err)
 	}
 	srv := &http.Server{
-		Handler:           handler,
+		Handler:           who.guard(s.routes()),
 		ReadHeaderTimeout: headerTimeout,
 		ReadTimeout:       requestTimeout,
 		MaxHeaderBytes:    maxHeader,
 		ConnContext:       withPeer,
-		ConnState:         limit(maxConnections),
 	}
-	if err := Serve(ctx, srv, l); err != nil {
+	if err := Serve(ctx, srv, &door{Listener: l, rights: who}); err != nil {
 		return fmt.Errorf("serve the api: %w", err)
 	}
 	return nil

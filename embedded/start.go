@@ -57,6 +57,9 @@ func (m *Manager) start(ctx context.Context, b *box, pid, tid int) (err error) {
 		return err
 	}
 	back.add(r.runner.close)
+	if api.PeerPID(ctx) != pid { // looked at behind that: as long as it lives, it is the one
+		return errors.New("the process that asks has ended")
+	}
 	if ownsNames(r.rec.Mode) {
 		if err := m.furnish(b, r, tid, &back); err != nil {
 			return err
