@@ -327,6 +327,7 @@ static __always_inline void note_device(struct bpf_sock_addr *ctx)
 	struct sock_mark *mark;
 	struct bpf_sock *sk = ctx->sk;
 	__u32 *count, port;
+	void *whole;
 
 	port = sk->src_port;
 	if (!sk->bound_dev_if || !port)
@@ -335,7 +336,10 @@ static __always_inline void note_device(struct bpf_sock_addr *ctx)
 	if (!class || !(class->ports[port_index(bpf_htons(port))] & PORT_SNAT) ||
 	    !is_host(bpf_get_netns_cookie(ctx)))
 		return;
-	mark = bpf_sk_storage_get(&sock_marks, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	/* Of an MPTCP socket this is a subflow, which is never seen to go. */
+	whole = bpf_skc_to_mptcp_sock(sk);
+	mark = bpf_sk_storage_get(&sock_marks, whole ?: (void *)sk, NULL,
+				  BPF_SK_STORAGE_GET_F_CREATE);
 	count = bpf_map_lookup_elem(&device_sockets, &port);
 	if (mark && count && !__sync_val_compare_and_swap(&mark->device_port, 0, port))
 		__sync_fetch_and_add(count, 1);

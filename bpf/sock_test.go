@@ -15,6 +15,7 @@ import (
 	"bufio"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -26,6 +27,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
@@ -43,8 +45,9 @@ const (
 	sockChildEnv = "BPFNET_SOCK_CHILD"
 	engineComm   = "dockerd"
 
-	tcp = unix.IPPROTO_TCP
-	udp = unix.IPPROTO_UDP
+	tcp   = unix.IPPROTO_TCP
+	udp   = unix.IPPROTO_UDP
+	mptcp = unix.IPPROTO_MPTCP
 
 	readyEndpoint, unreadyEndpoint = 1, 2
 
@@ -100,7 +103,7 @@ func dial(script dialScript) (result dialResult, err error) {
 	if script.Proto == udp {
 		kind = unix.SOCK_DGRAM
 	}
-	fd, err := unix.Socket(script.Family, kind, 0)
+	fd, err := unix.Socket(script.Family, kind, script.Proto)
 	if err != nil {
 		return result, err
 	}
@@ -866,22 +869,36 @@ func TestSockHeldTuple(t *testing.T) {
 // A socket that is bound to a device counts at its masquerade port for as long as it is open.
 func TestSockDevice(t *testing.T) {
 	lab := newSockLab(t)
-	const bound = 20000
+	const bound, others = 20000, 10
 	class := make([]byte, lab.maps["port_class"].ValueSize())
 	require.NoError(t, lab.maps["port_class"].Lookup(uint32(0), &class))
-	class[member(t, lab.spec.Maps["port_class"].Value, "ports")+bound] |= byte(bpf.DatapathPortBitsPORT_SNAT)
+	for port := bound; port < bound+others; port++ {
+		class[member(t, lab.spec.Maps["port_class"].Value, "ports")+port] |= byte(bpf.DatapathPortBitsPORT_SNAT)
+	}
 	require.NoError(t, lab.maps["port_class"].Put(uint32(0), class))
-	counted := func() (n uint32) {
-		require.NoError(t, lab.maps["device_sockets"].Lookup(uint32(bound), &n))
-		return n
+	counted := func() (sum uint32) {
+		for port := uint32(bound); port < bound+others; port++ {
+			var n uint32
+			require.NoError(t, lab.maps["device_sockets"].Lookup(port, &n))
+			sum += n
+		}
+		return sum
 	}
 	var server net.PacketConn
+	var listener net.Listener
 	require.NoError(t, inNamespace(lab.host, func() (err error) {
-		server, err = net.ListenPacket("udp", ":9999")
+		if server, err = net.ListenPacket("udp", ":9999"); err != nil {
+			return err
+		}
+		listener, err = net.Listen("tcp", ":9999")
 		return err
 	}))
-	t.Cleanup(func() { server.Close() })
+	t.Cleanup(func() {
+		server.Close()
+		listener.Close()
+	})
 	const v4, v6 = unix.AF_INET, unix.AF_INET6
+	// A port of its own for each that leaves it to TIME_WAIT.
 	for _, c := range []struct {
 		name   string
 		script dialScript
@@ -891,18 +908,32 @@ func TestSockDevice(t *testing.T) {
 		{"connect, IPv6", dialScript{v6, udp, []string{"device lo", "bind [::]:20000", "connect [::1]:9999", "send"}}, 1},
 		{"send", dialScript{v4, udp, []string{"device lo", "bind 0.0.0.0:20000", "sendto 127.0.0.1:9999"}}, 1},
 		{"send, IPv6", dialScript{v6, udp, []string{"device lo", "bind [::]:20000", "sendto [::1]:9999"}}, 1},
+		{"TCP", dialScript{v4, tcp, []string{"device lo", "bind 0.0.0.0:20002", "connect 127.0.0.1:9999"}}, 1},
+		{"MPTCP", dialScript{v4, mptcp, []string{"device lo", "bind 0.0.0.0:20003", "connect 127.0.0.1:9999"}}, 1},
+		{"MPTCP, IPv6", dialScript{v6, mptcp, []string{"device lo", "bind [::]:20004", "connect [::1]:9999"}}, 1},
 		{"no device", dialScript{v4, udp, []string{"bind 0.0.0.0:20000", "connect 127.0.0.1:9999", "send"}}, 0},
-		{"another port", dialScript{v4, udp, []string{"device lo", "bind 0.0.0.0:20001", "connect 127.0.0.1:9999", "send"}}, 0},
+		{"another port", dialScript{v4, udp, []string{"device lo", "bind 0.0.0.0:20010", "connect 127.0.0.1:9999", "send"}}, 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			result := make(chan dialResult)
+			soon := time.Now().Add(20 * time.Second)
+			require.NoError(t, errors.Join(server.SetReadDeadline(soon), listener.(*net.TCPListener).SetDeadline(soon)))
+			result := make(chan dialResult, 1)
 			go func() { result <- lab.dial(t, lab.host, c.script) }()
-			buf := make([]byte, 64)
-			_, from, err := server.ReadFrom(buf)
-			require.NoError(t, err)
-			open := counted()
-			_, err = server.WriteTo([]byte("answer"), from)
-			require.NoError(t, err)
+			var open uint32
+			if c.script.Proto == udp {
+				_, from, err := server.ReadFrom(make([]byte, 64))
+				require.NoError(t, err)
+				open = counted()
+				_, err = server.WriteTo([]byte("answer"), from)
+				require.NoError(t, err)
+			} else {
+				conn, err := listener.Accept()
+				require.NoError(t, err)
+				open = counted()
+				_, err = conn.Write([]byte("answer"))
+				require.NoError(t, err)
+				defer conn.Close()
+			}
 			require.Equal(t, "answer", (<-result).Answer)
 			require.Equal(t, c.want, open)
 			require.Zero(t, counted(), "closed")
