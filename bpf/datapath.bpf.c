@@ -72,13 +72,14 @@ int expire(struct expire_args *args)
 	return 0;
 }
 
-/* Also deletes the flows of endpoints and ports that are gone. */
+/* Also deletes the flows of endpoints and ports that are gone, and what waits to become one. */
 SEC("syscall")
 int purge(struct expire_args *args)
 {
 	struct sweep s = { .purge = true };
 
 	sweep_tables(&s);
+	purge_waiting();
 	*args = s.args;
 	return 0;
 }

@@ -155,6 +155,22 @@ func TestFlowCount(t *testing.T) {
 	require.EqualValues(t, 7, h.charged(alice), "it may have changed during the sweep")
 	h.sweep("expire")
 	check("mended")
+
+	// Where flows come and go meanwhile, no two sweeps find the same: here it is what was kept that moves.
+	for _, kept := range []int64{1000, -1000} {
+		h.put("endpoint_flows", uint32(alice), bpf.DatapathEndpointFlows{Flows: kept})
+		for _, noise := range []int64{3, -2, 5} {
+			h.sweep("expire")
+			var e bpf.DatapathEndpointFlows
+			require.NoError(t, h.coll.Maps["endpoint_flows"].Lookup(uint32(alice), &e))
+			e.Flows += noise
+			h.put("endpoint_flows", uint32(alice), e)
+		}
+		require.InDelta(t, 1, h.charged(alice), 10, "as many as it has, but for what came and went")
+		h.sweep("expire")
+		h.sweep("expire")
+		check("mended when it rests")
+	}
 }
 
 // Towards one destination all masquerade ports are taken.

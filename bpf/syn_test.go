@@ -146,6 +146,31 @@ func TestUnanswered(t *testing.T) {
 			})
 			h.put("port_slots", slot, bpf.DatapathPortSlot{Live: 1})
 		})
+		run("its container goes", func(t *testing.T) {
+			in("SYN", syn)
+			h.uplink(packet.TCP(client, at(f.host, pubBob), fromOutside))
+			h.sweep("purge")
+			state("nobody went", 2, 0)
+			var was bpf.DatapathEndpoint
+			require.NoError(t, h.coll.Maps["endpoint_slots"].Lookup(uint32(alice), &was))
+			h.put("endpoint_slots", uint32(alice), bpf.DatapathEndpoint{})
+			h.sweep("purge")
+			state("the neighbour's waits", 1, 0)
+			// Another takes address and slots.
+			h.put("endpoint_slots", uint32(alice), was)
+			h.bump()
+			h.drops("SYN-ACK", noFlow, "container", func() result {
+				return h.from(alice, packet.TCP(at(a, 80), client, toGateway(alice), answer))
+			})
+		})
+		run("its port goes", func(t *testing.T) {
+			in("SYN", syn)
+			slot := uint32(portSlot(h, f, pubAlice))
+			h.put("port_slots", slot, bpf.DatapathPortSlot{})
+			h.sweep("purge")
+			state("withdrawn", 0, 0)
+			h.put("port_slots", slot, bpf.DatapathPortSlot{Live: 1})
+		})
 		run("forgotten", func(t *testing.T) {
 			in("SYN", syn)
 			h.forget()

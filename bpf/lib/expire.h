@@ -64,18 +64,21 @@ static __always_inline void sweep_count(const struct sweep *s, const struct flow
 
 /*
  * Compares what was counted with what was kept. They differ by what came and went meanwhile, and rightly so;
- * only the same difference twice is an error.
+ * only what two sweeps in a row find alike is an error. What is busy is off by something else each time: as much as
+ * both have is mended, and a mistake by it is no larger than what comes and goes during one sweep.
  */
 static long settle(void *map __attribute__((unused)), __u32 *key __attribute__((unused)),
 		   struct endpoint_flows *e, void *ctx __attribute__((unused)))
 {
-	__s64 off = e->counted - e->flows;
+	__s64 off = e->counted - e->flows, both = 0;
 
-	if (off && off == e->off) {
-		__sync_fetch_and_add(&e->flows, off);
-		off = 0;
-	}
-	e->off = off;
+	if (off > 0 && e->off > 0)
+		both = off < e->off ? off : e->off;
+	else if (off < 0 && e->off < 0)
+		both = off > e->off ? off : e->off;
+	if (both)
+		__sync_fetch_and_add(&e->flows, both);
+	e->off = off - both;
 	e->counted = 0;
 	return 0;
 }
@@ -180,6 +183,33 @@ static __always_inline void sweep_tables(struct sweep *s)
 		bpf_for_each_map_elem(&flows6, sweep_flow6, s, 0);
 	if (s->count)
 		bpf_for_each_map_elem(&endpoint_flows, settle, s, 0);
+}
+
+static long purge_syn4(void *map __attribute__((unused)), struct flow4_key *key, struct syn4 *syn,
+		       void *ctx __attribute__((unused)))
+{
+	struct flow4_key k = *key;
+
+	if (flow_orphaned(&syn->answer.f))
+		bpf_map_delete_elem(&syns4, &k);
+	return 0;
+}
+
+static long purge_syn6(void *map __attribute__((unused)), struct flow6_key *key, struct syn6 *syn,
+		       void *ctx __attribute__((unused)))
+{
+	struct flow6_key k = *key;
+
+	if (flow_orphaned(&syn->answer.f))
+		bpf_map_delete_elem(&syns6, &k);
+	return 0;
+}
+
+/* Deletes what waits for a client, of endpoints and ports that are gone: their slots will be others'. */
+static __always_inline void purge_waiting(void)
+{
+	bpf_for_each_map_elem(&syns4, purge_syn4, NULL, 0);
+	bpf_for_each_map_elem(&syns6, purge_syn6, NULL, 0);
 }
 
 static int gc_fire(void *map __attribute__((unused)), __u32 *key __attribute__((unused)),
