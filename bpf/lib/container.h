@@ -436,7 +436,9 @@ static __always_inline int container_slow(struct __sk_buff *skb, struct scratch 
 			   !owns_address(ep, slot, &s->quoted.p.daddr, v6)))
 			return drop_from(skb, slot, REASON_NO_FLOW);
 	}
-	if (p->dmac[0] & 1 || addr_is_multicast(&p->daddr, v6))
+	/* To all of the link, or said to be: the stack takes what is for the host whatever its MAC. */
+	if (addr_is_multicast(&p->daddr, v6) ||
+	    (mac_is_group(p->dmac) && (isolated || !bpf_map_lookup_elem(&host_addrs, &p->daddr))))
 		return isolated ? to_neighbours(skb) : to_bridge(skb);
 	if (isolated && mac_equal(p->dmac, net->mac))
 		return drop_from(skb, slot, REASON_INTERNAL);
@@ -466,7 +468,7 @@ static __always_inline int container_slow(struct __sk_buff *skb, struct scratch 
 		if (err)
 			return drop_from(skb, slot, -err);
 	}
-	if (!mac_equal(p->dmac, net->mac))
+	if (!mac_is_group(p->dmac) && !mac_equal(p->dmac, net->mac))
 		return container_l2(skb, s, slot, ep, net);
 
 	if (bpf_map_lookup_elem(&host_addrs, &p->daddr)) {

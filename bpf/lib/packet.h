@@ -144,6 +144,12 @@ static __always_inline bool addr_is_multicast(const struct addr *a, const bool v
 	       a->w[3] == bpf_htonl(0xffffffff);
 }
 
+/* Broadcast or multicast, IEEE 802 8.2. */
+static __always_inline bool mac_is_group(const __u8 *mac)
+{
+	return mac[0] & 1;
+}
+
 static __always_inline bool mac_equal(const __u8 *a, const __u8 *b)
 {
 	__u8 diff = 0;
