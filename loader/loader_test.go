@@ -6,7 +6,9 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -260,6 +262,36 @@ func TestProgramsAreKept(t *testing.T) {
 			require.Equal(t, id, second[name], name)
 		}
 
+		// A daemon that died before all were loaded: those that come later have the locks of the earlier ones.
+		locks := func(program string) (out []ebpf.MapID) {
+			p, err := ebpf.LoadPinnedProgram(filepath.Join(lb.BPFFS, "programs", glob(t, lb, program)), nil)
+			require.NoError(t, err)
+			defer p.Close()
+			info, err := p.Info()
+			require.NoError(t, err)
+			ids, _ := info.MapIDs()
+			for _, id := range ids {
+				m, err := ebpf.NewMapFromID(id)
+				require.NoError(t, err)
+				info, err := m.Info()
+				require.NoError(t, err)
+				m.Close()
+				if info.Name == "takeovers" {
+					out = append(out, id)
+				}
+			}
+			return out
+		}
+		require.NoError(t, os.Remove(filepath.Join(lb.BPFFS, "programs", glob(t, lb, "expire"))))
+		l = load(t, loader.Options{Paths: paths})
+		_, err = l.Expire()
+		require.NoError(t, err)
+		l.Close()
+		require.Equal(t, first[loader.FromContainer], ids()[loader.FromContainer])
+		require.NotEqual(t, first["expire"], ids()["expire"])
+		require.Len(t, locks("expire"), 1)
+		require.Equal(t, locks(loader.FromContainer), locks("expire"))
+
 		// The map that remembers what sockets dialled is of the sock programs alone.
 		require.NoError(t, os.Remove(filepath.Join(maps.Dir(lb.BPFFS), "sock_peers")))
 		l = load(t, loader.Options{Paths: paths})
@@ -269,6 +301,54 @@ func TestProgramsAreKept(t *testing.T) {
 		require.Equal(t, second[loader.FromHost], third[loader.FromHost])
 		return nil
 	}))
+}
+
+// waiting is a classifier that is asked, and answers when it is told to.
+type waiting struct {
+	netdev.Clsact
+	once   sync.Once
+	asked  chan struct{}
+	answer chan struct{}
+}
+
+func (c *waiting) HasFilter(ifindex int, egress bool) (bool, error) {
+	c.once.Do(func() { close(c.asked) })
+	<-c.answer
+	return c.Clsact.HasFilter(ifindex, egress)
+}
+
+// Needs root. While the kernel is asked what is in place, a new port is guarded.
+func TestVerifyHoldsNobodyUp(t *testing.T) {
+	lb := lab.New(t, lab.Opts{})
+	ifindex := lb.Host.Ifindex(t, lab.HostIf)
+	paths := loader.Paths{BPFFS: lb.BPFFS}
+	slow := &waiting{asked: make(chan struct{}), answer: make(chan struct{})}
+	var l *loader.Loader
+	require.NoError(t, lb.Host.Do(func() (err error) {
+		if l, err = loader.Load(loader.Options{Paths: paths, Attach: "clsact", Flows: 1024, Classifier: slow}); err != nil {
+			return err
+		}
+		return l.Attach(loader.FromUplink, ifindex)
+	}))
+	defer l.Close()
+	verified, attached := make(chan error, 1), make(chan error, 1)
+	go func() {
+		verified <- lb.Host.Do(func() error {
+			v, err := l.Verify()
+			assert.Empty(t, v)
+			return err
+		})
+	}()
+	<-slow.asked
+	go func() { attached <- lb.Host.Do(func() error { return l.Attach(loader.ToUplink, ifindex) }) }()
+	select {
+	case err := <-attached:
+		assert.NoError(t, err)
+	case <-time.After(20 * time.Second):
+		t.Error("it waits for the answer")
+	}
+	close(slow.answer)
+	require.NoError(t, <-verified)
 }
 
 // glob is the name of the program's pin.

@@ -102,14 +102,10 @@ struct {
 
 /*
  * Finished flows that somebody is about to delete, by both keys' hash: locks that are only tried. Whoever
- * deletes looks again behind the lock, so that nobody deletes what another has just put there.
+ * deletes looks again behind the lock, so that nobody deletes what another has just put there. Pinned: all
+ * programs that share the flow tables share it, whoever loaded them.
  */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, MAX_TAKEOVERS);
-	__type(key, __u32);
-	__type(value, __u32);
-} takeovers SEC(".maps");
+MAP(BPF_MAP_TYPE_ARRAY, takeovers, __u32, __u32, MAX_TAKEOVERS, 0);
 
 static __always_inline bool takeover_begin(__u32 slot)
 {
