@@ -87,6 +87,8 @@ type Daemon struct {
 	retimed chan struct{} // timeouts have changed
 	over    chan struct{} // closed when no round will begin any more
 
+	denying sync.Mutex // held to change the deny list, before mu
+
 	mu       sync.Mutex               // of what follows: handed to the reconciler by others
 	engine   policy.State             // Docker's
 	reported bool                     // the engine has reported its full state
@@ -137,9 +139,13 @@ type Daemon struct {
 	wrong    map[policy.Problem]bool   // of settings, as of the last round
 	sockets  string                    // what last kept sockets from being ended, likewise
 	snapshot *api.Snapshot
-	ahead    map[string]bool // programs of others that run before ours, as of the last look
-	unpinned string          // what last kept pins from being made, so that it is logged once
+	host     *hostSettings // as last read; nil: never
 	seats    map[seat]policy.MAC
+
+	// Of verifyLoop alone: programs of others that run before ours, as of the last look, and what last kept pins from
+	// being made, so that it is logged once.
+	ahead    map[string]bool
+	unpinned string
 
 	// writing is held to write the snapshot. Whoever holds round may wait for it, and not the other way round.
 	writing sync.Mutex
@@ -232,7 +238,7 @@ func open(cfg Config) (_ *Daemon, err error) {
 	if d.writer, err = bpfmaps.NewWriter(d.loader.Maps()); err != nil {
 		return nil, err
 	}
-	d.writer.Bury = d.bury
+	d.writer.Bury, d.writer.Former = d.bury, d.loader.Former()
 	d.metrics = metrics.New(d.metricsOptions())
 	if d.seed = d.writer.HashSeed(); d.seed == 0 {
 		d.seed = rand.Uint32()
@@ -347,6 +353,7 @@ func (d *Daemon) run(ctx context.Context) error {
 	group.Go(func() error { return d.own.Run(ctx) })
 	group.Go(func() error { return d.watch(ctx, events) })
 	group.Go(func() error { return d.reconcileLoop(ctx) })
+	group.Go(func() error { return d.verifyLoop(ctx) })
 	group.Go(func() error { return d.expireLoop(ctx) })
 	if d.docker != nil {
 		group.Go(func() error { return d.docker.Run(ctx, d.update) })
@@ -504,8 +511,8 @@ func (d *Daemon) reconcileLoop(ctx context.Context) error {
 	defer close(due)
 	tick := time.NewTicker(resyncEvery)
 	defer tick.Stop()
-	verify := time.NewTicker(verifyEvery)
-	defer verify.Stop()
+	look := time.NewTicker(verifyEvery)
+	defer look.Stop()
 	d.clock = d.moment()
 	show := time.NewTimer(time.Hour)
 	defer show.Stop()
@@ -518,15 +525,13 @@ func (d *Daemon) reconcileLoop(ctx context.Context) error {
 			showAt = time.Time{}
 			signal(due)
 			continue
-		case <-verify.C:
-			lost := d.verify()
-			if d.clockSet(d.moment()) {
-				d.mu.Lock()
-				d.resync = true
-				d.mu.Unlock()
-			} else if !lost {
+		case <-look.C:
+			if !d.clockSet(d.moment()) {
 				continue
 			}
+			d.mu.Lock()
+			d.resync = true
+			d.mu.Unlock()
 		case <-tick.C:
 			d.mu.Lock()
 			d.resync = true
@@ -695,8 +700,15 @@ func (d *Daemon) reconcile() (err error) {
 		return err
 	}
 	engine, state = d.latest(engine, state)
+	// What the store does not tell is no reason to take away what is served.
 	byHand, err := d.byHand(devices, state)
-	errs = append(errs, err)
+	if err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	pairs, err := d.store.Allowed()
+	if err != nil {
+		return errors.Join(append(errs, err)...)
+	}
 	state.Endpoints = slices.Concat(state.Endpoints, byHand)
 	known := state
 	if closed := d.unreported(devices, served); len(closed) > 0 {
@@ -713,8 +725,9 @@ func (d *Daemon) reconcile() (err error) {
 	d.settleGuards(devices)
 	settings, err := d.settings(devices)
 	errs = append(errs, err)
-	pairs, err := d.store.Allowed()
-	errs = append(errs, err)
+	if err != nil && d.host == nil {
+		return errors.Join(errs...)
+	}
 	in := policy.Intents{
 		State: state, Devices: devices, Attached: d.attached, Relayed: d.relayed, Unrelayed: d.unheld, DirectRouting: d.cfg.AllowDirectRouting,
 	}
@@ -771,6 +784,10 @@ func (d *Daemon) reconcile() (err error) {
 		changed, err := d.shield.apply(devices.Uplinks, denied, resync)
 		d.changed = d.changed || changed
 		errs = append(errs, err)
+	}
+	if d.ownPins && errors.Join(errs...) == nil {
+		d.writer.Former = nil
+		errs = append(errs, d.loader.ForgetFormer())
 	}
 	d.known, d.owed = known, true
 	if !reflect.DeepEqual(engine, d.told) {
@@ -975,7 +992,15 @@ func (d *Daemon) attach(devices policy.Devices, served map[string]bool, pinned [
 	return changed, err
 }
 
-// settings are the daemon's own and what the host's sysctls say; forwarding is switched on here.
+// hostSettings are those that the host's sysctls say.
+type hostSettings struct {
+	dropTransit4, dropTransit6 bool
+	snat                       []bpfmaps.PortRange
+	reserved                   map[uint16]struct{}
+}
+
+// settings are the daemon's own and the host's. Where these cannot be read, they are what they were, if they
+// have ever been read, beside the error.
 func (d *Daemon) settings(devices policy.Devices) (bpfmaps.Settings, error) {
 	s := bpfmaps.Settings{
 		NetnsCookie: d.cookie, HashSeed: d.seed,
@@ -983,9 +1008,31 @@ func (d *Daemon) settings(devices policy.Devices) (bpfmaps.Settings, error) {
 		EndpointFlows: d.cfg.EndpointFlows,
 	}
 	s.DirectRouting, s.AcceptMark, s.AcceptMask = d.cfg.AllowDirectRouting, d.cfg.AcceptMark, d.cfg.AcceptMask
+	host, err := d.readHost(devices)
+	if err == nil {
+		d.host = &host
+	} else if d.host == nil {
+		return s, err
+	}
+	s.DropTransit4, s.DropTransit6 = d.host.dropTransit4, d.host.dropTransit6
+	s.SNAT, s.Reserved = d.host.snat, d.host.reserved
+	return s, err
+}
+
+// readHost reads the host's settings; forwarding is switched on here.
+func (d *Daemon) readHost(devices policy.Devices) (hostSettings, error) {
+	var s hostSettings
 	var names []string
 	for _, u := range devices.Uplinks {
 		names = append(names, u.Name)
+	}
+	local, err := netdev.LocalPortRange()
+	if err != nil {
+		return s, err
+	}
+	reserved, err := netdev.ReservedPorts()
+	if err != nil {
+		return s, err
 	}
 	before := len(d.changes)
 	plan, err := netdev.PlanForwarding(netdev.ReadSysctl, names, d.changes)
@@ -1006,18 +1053,10 @@ func (d *Daemon) settings(devices policy.Devices) (bpfmaps.Settings, error) {
 		}
 		switch c.Path {
 		case "net/ipv4/ip_forward":
-			s.DropTransit4 = true
+			s.dropTransit4 = true
 		case "net/ipv6/conf/all/forwarding":
-			s.DropTransit6 = true
+			s.dropTransit6 = true
 		}
-	}
-	local, err := netdev.LocalPortRange()
-	if err != nil {
-		return s, err
-	}
-	reserved, err := netdev.ReservedPorts()
-	if err != nil {
-		return s, err
 	}
 	ports := planMasquerade(local, reserved)
 	if ports.reserve != nil && !covers(reserved, *ports.reserve) {
@@ -1032,7 +1071,7 @@ func (d *Daemon) settings(devices policy.Devices) (bpfmaps.Settings, error) {
 			}
 		}
 	}
-	s.SNAT, s.Reserved = ports.ranges, ports.reserved
+	s.snat, s.reserved = ports.ranges, ports.reserved
 	return s, nil
 }
 

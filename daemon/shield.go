@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -29,12 +30,12 @@ type shield struct {
 	rate     int
 	written  bool // rate and deny list, since the last look at what the maps hold
 	denied   []netip.Prefix
-	// Of the last round: the uplinks by index, and why the shield is not on some. A refusal stands until the
-	// next look at everything.
-	names map[int]string
-	why   map[int]string
-	told  map[int]string // as logged
-	wake  func()         // for another round
+	// Of the last round: the uplinks by index, and why the shield is not on some.
+	names   map[int]string
+	why     map[int]string
+	refused map[int]string // by the device itself; it stands until the next look at everything
+	told    map[int]string // as logged
+	wake    func()         // for another round
 }
 
 func (d *Daemon) openShield() error {
@@ -52,7 +53,7 @@ func (d *Daemon) openShield() error {
 	}
 	d.shield = &shield{
 		programs: programs, writer: writer, devices: d.devices, log: d.log, mode: d.cfg.Shield, rate: d.cfg.ShieldSynRate,
-		names: make(map[int]string), why: make(map[int]string), told: make(map[int]string), wake: d.wake,
+		names: make(map[int]string), why: make(map[int]string), refused: make(map[int]string), told: make(map[int]string), wake: d.wake,
 	}
 	return nil
 }
@@ -86,13 +87,15 @@ func (s *shield) apply(uplinks []policy.Uplink, denied []netip.Prefix, resync bo
 	}
 	// The maps first: from its first packet on, the shield knows whom it is for.
 	errs = append(errs, s.writer.Devices(macs), s.programs.Detach(on))
+	maps.DeleteFunc(s.refused, func(ifindex int, _ string) bool { return resync || !on[ifindex] })
 	for ifindex := range on {
-		if refused, ok := s.why[ifindex]; ok && !resync {
+		if refused, ok := s.refused[ifindex]; ok {
 			why[ifindex] = refused
 			continue
 		}
 		if err := s.programs.Attach(ifindex); err != nil && !goneDevice(err) {
 			why[ifindex] = s.explain(ifindex, err)
+			s.refused[ifindex] = why[ifindex]
 		}
 	}
 	for ifindex, text := range why {
@@ -183,23 +186,36 @@ func (d *Daemon) Undeny(ctx context.Context, s api.DenySpec) (api.DenyResult, er
 // changeDenied replaces the deny list, in the store first.
 func (d *Daemon) changeDenied(ctx context.Context, change func([]netip.Prefix) []netip.Prefix) (api.DenyResult, error) {
 	out := api.DenyResult{Shield: d.shield != nil}
-	d.mu.Lock()
-	next := change(d.denied)
-	out.Changed = max(len(next)-len(d.denied), len(d.denied)-len(next))
 	var err error
-	if len(next) > bpfmaps.MaxDenied {
-		err = fmt.Errorf("the deny list holds %d prefixes at most: %d would be too many", bpfmaps.MaxDenied, len(next)-bpfmaps.MaxDenied)
-	} else if out.Changed > 0 {
-		err = d.store.SetDenied(next)
-	}
-	if err == nil {
-		d.denied = next
-	}
-	d.mu.Unlock()
-	if err != nil || !out.Shield { // one that was stored already need not be in force
+	if out.Changed, err = d.storeDenied(change); err != nil || !out.Shield { // one that was stored already need not be in force
 		return out, err
 	}
 	return out, d.Flush(ctx)
+}
+
+// storeDenied replaces the deny list, in the store and for the next round, and returns by how many prefixes it
+// changed. No round waits for the disk.
+func (d *Daemon) storeDenied(change func([]netip.Prefix) []netip.Prefix) (int, error) {
+	d.denying.Lock()
+	defer d.denying.Unlock()
+	d.mu.Lock()
+	have := d.denied
+	d.mu.Unlock()
+	next := change(have)
+	changed := max(len(next)-len(have), len(have)-len(next))
+	if len(next) > bpfmaps.MaxDenied {
+		return changed, fmt.Errorf("the deny list holds %d prefixes at most: %d would be too many", bpfmaps.MaxDenied, len(next)-bpfmaps.MaxDenied)
+	}
+	if changed == 0 {
+		return 0, nil
+	}
+	if err := d.store.SetDenied(next); err != nil {
+		return changed, err
+	}
+	d.mu.Lock()
+	d.denied = next
+	d.mu.Unlock()
+	return changed, nil
 }
 
 func checkPrefixes(list []netip.Prefix) error {

@@ -4,6 +4,7 @@ package daemon
 
 import (
 	"cmp"
+	"context"
 	"fmt"
 	"slices"
 	"time"
@@ -15,6 +16,22 @@ import (
 // verifyEvery is how often the kernel is asked whether programs and pins are where they were put: nobody
 // tells when one is taken away.
 const verifyEvery = 5 * time.Second
+
+// verifyLoop looks at that beside the rounds, which it does not hold up.
+func (d *Daemon) verifyLoop(ctx context.Context) error {
+	tick := time.NewTicker(verifyEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+			if d.verify() {
+				signal(d.urgent)
+			}
+		}
+	}
+}
 
 // verify looks for what others have taken away, and says so. It reports whether programs are to be put back,
 // which a round does.

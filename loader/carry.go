@@ -79,8 +79,12 @@ func openPin(path string) (*ebpf.Map, error) {
 // carry finds the tables that are pinned otherwise than spec wants them and copies what they hold. They
 // are in l.moving then, and the programs are to be loaded with those.
 func (l *Loader) carry(spec *ebpf.CollectionSpec) error {
-	if _, err := os.Stat(swapDir(l.opts.BPFFS)); errors.Is(err, fs.ErrNotExist) {
-		// Copied for nothing: no program knows these tables.
+	swapping, err := l.swapping()
+	if err != nil {
+		return err
+	}
+	if !swapping {
+		// Copied for nothing: no program knows these tables. Or all of them are in their places.
 		if err := os.RemoveAll(nextDir(l.opts.BPFFS)); err != nil {
 			return fmt.Errorf("remove what an earlier start left: %w", err)
 		}
@@ -94,6 +98,19 @@ func (l *Loader) carry(spec *ebpf.CollectionSpec) error {
 		}
 	}
 	return nil
+}
+
+// swapping reports whether an earlier daemon has begun to swap programs, and left tables that are not in
+// their places.
+func (l *Loader) swapping() (bool, error) {
+	if _, err := os.Stat(swapDir(l.opts.BPFFS)); errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	entries, err := os.ReadDir(nextDir(l.opts.BPFFS))
+	if err != nil {
+		return false, fmt.Errorf("list the tables of an upgrade: %w", err)
+	}
+	return len(entries) > 1, nil
 }
 
 func (l *Loader) carryTable(want *ebpf.MapSpec, name string, layout layout) error {

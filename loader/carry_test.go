@@ -3,7 +3,10 @@
 package loader_test
 
 import (
+	"bytes"
+	"encoding/binary"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -105,6 +108,92 @@ func TestTablesChangeHands(t *testing.T) {
 			require.NoError(t, os.MkdirAll(paths.BPFFS, 0o700))
 		})
 	}
+}
+
+// Needs root. Settings in another version's shape go on where they were, and until that version's programs are replaced,
+// theirs say what is said now: also where the daemon dies before that.
+func TestSettingsOfAnotherShape(t *testing.T) {
+	for _, more := range []int{8, -8} {
+		t.Run(fmt.Sprintf("%+d bytes", more), func(t *testing.T) {
+			paths := loader.Paths{BPFFS: lab.BPFFS(t)}
+			load(t, loader.Options{Paths: paths}).Close()
+			pin := filepath.Join(maps.Dir(paths.BPFFS), "config")
+			pinned, err := ebpf.LoadPinnedMap(pin, nil)
+			require.NoError(t, err)
+			size := int(pinned.ValueSize()) + more
+			old, err := ebpf.NewMap(&ebpf.MapSpec{Type: pinned.Type(), KeySize: 4, ValueSize: uint32(size), MaxEntries: 1})
+			require.NoError(t, err)
+			require.NoError(t, pinned.Close())
+			t.Cleanup(func() { old.Close() })
+			value := bytes.Repeat([]byte{0xee}, size)
+			read := func() (c bpf.DatapathConfig) {
+				t.Helper()
+				require.NoError(t, old.Lookup(uint32(0), value))
+				_, err := binary.Decode(append(bytes.Clone(value), make([]byte, 8)...), binary.NativeEndian, &c)
+				require.NoError(t, err)
+				return c
+			}
+			head, err := binary.Append(nil, binary.NativeEndian, bpf.DatapathConfig{Generation: 41, HashSeed: 42})
+			require.NoError(t, err)
+			copy(value, head)
+			require.NoError(t, old.Put(uint32(0), value))
+			require.NoError(t, os.Remove(pin))
+			c, err := old.Clone()
+			require.NoError(t, err)
+			require.NoError(t, c.Pin(pin))
+			require.NoError(t, c.Close())
+
+			take := func() (*loader.Loader, *maps.Writer) {
+				t.Helper()
+				l := load(t, loader.Options{Paths: paths})
+				w, err := maps.NewWriter(l.Maps())
+				require.NoError(t, err)
+				w.Former = l.Former()
+				return l, w
+			}
+			l, w := take()
+			require.EqualValues(t, 42, w.HashSeed())
+			require.NoError(t, w.Renew())
+			var now bpf.DatapathConfig
+			require.NoError(t, l.Maps().Map("config").Lookup(uint32(0), &now))
+			require.EqualValues(t, 42, now.Generation, "counted on")
+			require.EqualValues(t, 42, read().Generation, "for the programs before, too")
+			l.Close() // before anything was attached
+
+			l, w = take()
+			require.NoError(t, w.Hold(true))
+			if more > 0 {
+				require.NotZero(t, read().HoldUntil)
+				require.Equal(t, bytes.Repeat([]byte{0xee}, more), value[size-more:], "what only that version knows stays")
+			}
+			require.NoError(t, w.Hold(false))
+			require.NoError(t, w.Renew())
+			require.EqualValues(t, 43, read().Generation)
+			require.NoError(t, l.ForgetFormer())
+			require.Empty(t, l.Former())
+			require.NoDirExists(t, filepath.Join(paths.BPFFS, "former"))
+			l.Close()
+			l = load(t, loader.Options{Paths: paths})
+			require.Empty(t, l.Former())
+			l.Close()
+			require.NoError(t, loader.Cleanup(paths, nil))
+			require.NoError(t, os.MkdirAll(paths.BPFFS, 0o700))
+		})
+	}
+}
+
+// Needs root. What a daemon left that died when all tables had changed hands is no upgrade under way.
+func TestNothingIsLeftToSwap(t *testing.T) {
+	paths := loader.Paths{BPFFS: lab.BPFFS(t)}
+	load(t, loader.Options{Paths: paths}).Close()
+	next := filepath.Join(paths.BPFFS, "next")
+	require.NoError(t, os.MkdirAll(filepath.Join(next, "swap"), 0o700))
+	l := load(t, loader.Options{Paths: paths})
+	require.False(t, l.Moving())
+	l.Close()
+	require.NoDirExists(t, next)
+	require.NoError(t, loader.Cleanup(paths, nil))
+	require.NoError(t, os.MkdirAll(paths.BPFFS, 0o700))
 }
 
 // Needs root. A table is not made smaller than its flows allow.

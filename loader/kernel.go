@@ -171,7 +171,7 @@ func Cleanup(p Paths, c Classifier) error {
 			errs = append(errs, fmt.Errorf("remove %s: %w", path, err))
 		}
 	}
-	for _, dir := range []string{linksDir(p.BPFFS), programsDir(p.BPFFS), swapDir(p.BPFFS), nextDir(p.BPFFS), maps.Dir(p.BPFFS)} {
+	for _, dir := range []string{linksDir(p.BPFFS), programsDir(p.BPFFS), swapDir(p.BPFFS), nextDir(p.BPFFS), formerDir(p.BPFFS), maps.Dir(p.BPFFS)} {
 		entries, err := os.ReadDir(dir)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue

@@ -73,6 +73,7 @@ type Loader struct {
 	filters  map[string]Attachment
 	lock     *os.File // of the pin directory
 	moving   []*moving
+	former   []*ebpf.Map     // see Former
 	shield   *Shield         // nil: not loaded
 	dryMu    sync.Mutex      // of dry; mu is held while programs are attached
 	dry      *Dry            // nil: not loaded
@@ -144,7 +145,7 @@ func Load(opts Options) (*Loader, error) {
 	}
 	spec.Maps["flows4"].MaxEntries = size
 	spec.Maps["flows6"].MaxEntries = size / 2
-	if err := l.carry(spec); err != nil {
+	if err := errors.Join(l.carry(spec), l.carryConfig(spec)); err != nil {
 		l.Close()
 		return nil, err
 	}
@@ -168,6 +169,9 @@ func Load(opts Options) (*Loader, error) {
 	if err != nil {
 		l.Close()
 		return nil, fmt.Errorf("read the sock object: %w", err)
+	}
+	if !knowsMPTCP() {
+		withoutMPTCP(spec)
 	}
 	l.shareSizes(spec)
 	l.sock, err = l.load(spec, sock)
@@ -415,6 +419,7 @@ func (l *Loader) Close() {
 		m.close()
 	}
 	l.moving = nil
+	l.closeFormer()
 	l.lock.Close()
 	if l.sock != nil {
 		l.sock.Close()

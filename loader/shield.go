@@ -123,9 +123,15 @@ func (s *Shield) swap(a Attachment) error {
 	return s.l.attachLink(pinName(a.Program, a.Ifindex), s.c.Programs[ShieldProgram], func() (link.Link, error) { return nil, unix.ENODEV })
 }
 
-// unpinLink lets go of a link, which ends it; a missing one is no error.
+// unpinLink ends a link; a missing one is no error.
 func (l *Loader) unpinLink(name string) error {
-	if k, ok := l.links[name]; ok {
+	k, ok := l.links[name]
+	if !ok {
+		k, _ = link.LoadPinnedLink(filepath.Join(linksDir(l.opts.BPFFS), name), nil)
+	}
+	if k != nil {
+		// The kernel lets go of what nobody has any more a moment later: until then the device would be taken.
+		_ = k.Detach()
 		k.Close()
 		delete(l.links, name)
 	}

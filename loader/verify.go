@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	stdmaps "maps"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -36,39 +38,67 @@ type Ahead struct {
 
 // Verify compares what this instance has put in place with what the kernel has, and its pins with those that
 // should be there. Pins are made again; an error says why they cannot be, and the data path goes on without
-// them as long as this process lives.
+// them as long as this process lives. Nobody else waits for longer than the look at one of them.
 func (l *Loader) Verify() (Verified, error) {
 	l.mu.Lock()
-	defer l.mu.Unlock()
+	links, filters := slices.Collect(stdmaps.Keys(l.links)), stdmaps.Clone(l.filters)
+	l.mu.Unlock()
 	var v Verified
 	var errs []error
-	for name, k := range l.links {
-		if attached, err := isAttached(k); err != nil {
-			errs = append(errs, fmt.Errorf("ask for link %s: %w", name, err))
-		} else if !attached {
-			v.Lost = append(v.Lost, parsePin(name))
-			k.Close()
-			delete(l.links, name)
-			errs = append(errs, removePin(filepath.Join(linksDir(l.opts.BPFFS), name)))
-		} else if a := parsePin(name); a.Hook != "cgroup" && a.Hook != "xdp" {
-			ahead, err := aheadOf(a)
-			errs = append(errs, err)
-			v.Ahead = append(v.Ahead, ahead...)
-		}
+	for _, name := range links {
+		errs = append(errs, l.verifyLink(name, &v))
 	}
-	for name, a := range l.filters {
-		there, err := l.opts.Classifier.HasFilter(a.Ifindex, isEgress(a.Program))
-		if err != nil {
-			errs = append(errs, err)
-		} else if !there {
-			v.Lost = append(v.Lost, a)
-			delete(l.filters, name)
-			errs = append(errs, removePin(filepath.Join(linksDir(l.opts.BPFFS), name)))
-		}
+	for name, a := range filters {
+		errs = append(errs, l.verifyFilter(name, a, &v))
 	}
 	n, err := l.repin()
 	v.Repinned = n
 	return v, errors.Join(append(errs, err)...)
+}
+
+func (l *Loader) verifyLink(name string, v *Verified) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	k, ok := l.links[name]
+	if !ok {
+		return nil // taken off meanwhile
+	}
+	a := parsePin(name)
+	info, err := k.Info()
+	if err != nil {
+		return fmt.Errorf("ask for link %s: %w", name, err)
+	}
+	if !isOn(info) {
+		v.Lost = append(v.Lost, a)
+		k.Close()
+		delete(l.links, name)
+		return removePin(filepath.Join(linksDir(l.opts.BPFFS), name))
+	}
+	if a.Hook == "cgroup" || a.Hook == "xdp" {
+		return nil
+	}
+	ahead, err := aheadOf(a, info.Netkit() != nil)
+	v.Ahead = append(v.Ahead, ahead...)
+	return err
+}
+
+func (l *Loader) verifyFilter(name string, a Attachment, v *Verified) error {
+	there, err := l.opts.Classifier.HasFilter(a.Ifindex, isEgress(a.Program))
+	if err != nil || there {
+		return err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if _, ok := l.filters[name]; !ok {
+		return nil // taken off meanwhile
+	}
+	// Or even put on again.
+	if there, err := l.opts.Classifier.HasFilter(a.Ifindex, isEgress(a.Program)); err != nil || there {
+		return err
+	}
+	v.Lost = append(v.Lost, a)
+	delete(l.filters, name)
+	return removePin(filepath.Join(linksDir(l.opts.BPFFS), name))
 }
 
 // What a tcx program returns that keeps a packet from those behind it (linux/bpf.h).
@@ -78,11 +108,15 @@ const (
 	tcxRedirect = 7
 )
 
-// aheadOf lists who may keep packets from one of our programs on a device.
-func aheadOf(a Attachment) ([]Ahead, error) {
+// aheadOf lists who may keep packets from one of our programs on a device, where it is a program of a netkit pair or
+// one by tcx. The values that say so are the same.
+func aheadOf(a Attachment, netkit bool) ([]Ahead, error) {
 	egress := isEgress(a.Program)
 	attach := ebpf.AttachTCXIngress
-	if egress {
+	switch {
+	case netkit:
+		attach = ebpf.AttachNetkitPeer
+	case egress:
 		attach = ebpf.AttachTCXEgress
 	}
 	// Nearly always it is alone, and nothing else need be read.
@@ -112,19 +146,23 @@ func isAttached(k link.Link) (bool, error) {
 	if err != nil {
 		return false, err
 	}
+	return isOn(info), nil
+}
+
+func isOn(info *link.Info) bool {
 	if tcx := info.TCX(); tcx != nil {
-		return tcx.Ifindex != 0, nil
+		return tcx.Ifindex != 0
 	}
 	if netkit := info.Netkit(); netkit != nil {
-		return netkit.Ifindex != 0, nil
+		return netkit.Ifindex != 0
 	}
 	if xdp := info.XDP(); xdp != nil {
-		return xdp.Ifindex != 0, nil
+		return xdp.Ifindex != 0
 	}
 	if cgroup := info.Cgroup(); cgroup != nil {
-		return cgroup.CgroupId != 0, nil
+		return cgroup.CgroupId != 0
 	}
-	return true, nil
+	return true
 }
 
 func removePin(path string) error {
@@ -137,7 +175,9 @@ func removePin(path string) error {
 // repin makes the pins that are gone, and their directories: bpffs was unmounted or mounted anew, or
 // somebody has removed them.
 func (l *Loader) repin() (n int, err error) {
+	l.mu.Lock()
 	if err := l.relock(); err != nil {
+		l.mu.Unlock()
 		return 0, err
 	}
 	tables := make(map[string]*ebpf.Map)
@@ -145,47 +185,55 @@ func (l *Loader) repin() (n int, err error) {
 		addPinned(tables, l.shield.c.Maps, l.shield.pinned)
 	}
 	addPinned(tables, l.tc.Maps, l.pinned)
+	links, filters := slices.Collect(stdmaps.Keys(l.links)), slices.Collect(stdmaps.Keys(l.filters))
+	l.mu.Unlock()
+	again := func(path string, pin func(string) error) error {
+		made, err := pinAgain(path, pin)
+		if made {
+			n++
+		}
+		return err
+	}
 	for name, m := range tables {
-		if made, err := pinAgain(filepath.Join(maps.Dir(l.opts.BPFFS), name), func(path string) error {
-			c, err := m.Clone() // one that knows of no pin
-			if err != nil {
-				return err
-			}
-			defer c.Close()
-			return c.Pin(path)
-		}); err != nil {
+		if err := again(filepath.Join(maps.Dir(l.opts.BPFFS), name), func(path string) error { return pinCopy(m, path) }); err != nil {
 			return n, err
-		} else if made {
-			n++
 		}
 	}
-	for name, k := range l.links {
-		if made, err := pinAgain(filepath.Join(linksDir(l.opts.BPFFS), name), func(path string) error {
-			info, err := k.Info()
-			if err != nil {
-				return err
-			}
-			again, err := link.NewFromID(info.ID)
-			if err != nil {
-				return err
-			}
-			defer again.Close()
-			return again.Pin(path)
-		}); err != nil {
+	for _, name := range links {
+		l.mu.Lock()
+		k, ok := l.links[name]
+		if ok {
+			err = again(filepath.Join(linksDir(l.opts.BPFFS), name), func(path string) error { return pinLinkAgain(k, path) })
+		}
+		l.mu.Unlock()
+		if err != nil {
 			return n, err
-		} else if made {
-			n++
 		}
 	}
-	for name := range l.filters {
-		path := filepath.Join(linksDir(l.opts.BPFFS), name)
-		if made, err := pinAgain(path, func(path string) error { return os.MkdirAll(path, 0o700) }); err != nil {
+	for _, name := range filters {
+		l.mu.Lock()
+		if _, ok := l.filters[name]; ok {
+			err = again(filepath.Join(linksDir(l.opts.BPFFS), name), func(path string) error { return os.MkdirAll(path, 0o700) })
+		}
+		l.mu.Unlock()
+		if err != nil {
 			return n, err
-		} else if made {
-			n++
 		}
 	}
 	return n, nil
+}
+
+func pinLinkAgain(k link.Link, path string) error {
+	info, err := k.Info()
+	if err != nil {
+		return err
+	}
+	again, err := link.NewFromID(info.ID)
+	if err != nil {
+		return err
+	}
+	defer again.Close()
+	return again.Pin(path)
 }
 
 // addPinned adds the maps that are to be pinned.

@@ -3,6 +3,7 @@
 package maps
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	stdmaps "maps"
@@ -72,6 +73,10 @@ type Writer struct {
 	held       map[uint16]struct{} // ports of adopted flows
 	changed    bool                // what flows are to be judged by again
 	holdUntil  uint32              // ticks
+
+	// Former are settings in the shapes of other versions, whose programs may still be attached: what is written
+	// is written there too, as far as they go. Optional.
+	Former []*ebpf.Map
 
 	// Bury is called by Apply when endpoints or published ports are gone, after they have been taken out
 	// of the maps and before anything new is written: what it ends cannot be a successor's. Nothing new
@@ -539,11 +544,32 @@ func (w *Writer) writeConfig(s Settings, renew bool) error {
 		w.generation++
 		cfg.Generation = w.generation
 	}
-	if have == cfg {
+	if have != cfg {
+		if err := w.m.m["config"].Put(uint32(0), cfg); err != nil {
+			return fmt.Errorf("write config: %w", err)
+		}
+	}
+	return w.tellFormer(cfg)
+}
+
+// tellFormer writes the config for programs of other versions: fields are only ever added at its end.
+func (w *Writer) tellFormer(cfg bpf.DatapathConfig) error {
+	if len(w.Former) == 0 {
 		return nil
 	}
-	if err := w.m.m["config"].Put(uint32(0), cfg); err != nil {
-		return fmt.Errorf("write config: %w", err)
+	now, err := binary.Append(nil, binary.NativeEndian, cfg)
+	if err != nil {
+		return fmt.Errorf("write config of another version: %w", err)
+	}
+	for _, m := range w.Former {
+		value := make([]byte, m.ValueSize())
+		if err := m.Lookup(uint32(0), value); err != nil {
+			return fmt.Errorf("read config of another version: %w", err)
+		}
+		copy(value, now)
+		if err := m.Put(uint32(0), value); err != nil {
+			return fmt.Errorf("write config of another version: %w", err)
+		}
 	}
 	return nil
 }

@@ -252,6 +252,15 @@ struct timeouts {
 	__u32 other;
 };
 
+/* What a later version may add, at the end: -DFLOW_PAD=8 makes one for the tests of upgrades. */
+#ifdef FLOW_PAD
+#define FLOW_LATER __u8 later[FLOW_PAD];
+#else
+#define FLOW_LATER
+#define FLOW_PAD 0
+#endif
+
+/* Fields are only ever added at the end: a daemon also writes that of the programs before it, until they are replaced. */
 struct config {
 	__u64 netns_cookie; /* of the host's namespace */
 	__u32 generation; /* of the policy; the low 16 bits count */
@@ -265,6 +274,7 @@ struct config {
 	__u32 accept_mask; /* 0: there are none */
 	__u32 endpoint_flows; /* that a container may have in one network; 0: any number */
 	__u32 hold_until; /* ticks; no flow is opened until then: the tables are being copied */
+	FLOW_LATER
 };
 
 /* How a packet looks at its hook: the key of a flow entry. */
@@ -320,14 +330,6 @@ struct flow {
 	__u8 dmac[6]; /* IPv4 towards an uplink: the next hop, in the first 4 */
 	__u8 smac[6];
 };
-
-/* What a later version may add, at the end: -DFLOW_PAD=8 makes one for the tests of upgrades. */
-#ifdef FLOW_PAD
-#define FLOW_LATER __u8 later[FLOW_PAD];
-#else
-#define FLOW_LATER
-#define FLOW_PAD 0
-#endif
 
 struct flow4 {
 	struct flow f;
@@ -441,7 +443,7 @@ struct flow_gauge {
 struct endpoint_flows {
 	__s64 flows;
 	__s64 counted; /* by the sweep that runs */
-	__s64 off; /* what the sweep before found missing; corrected when found twice */
+	__s64 off; /* what the sweep before found missing; as much as the next one finds too is corrected */
 };
 
 /* What a host process dialled before the sock programs sent it to a container. */
@@ -466,6 +468,7 @@ ASSERT_SIZE(network, 56);
 ASSERT_SIZE(open_key, 36);
 ASSERT_SIZE(port_key, 20);
 ASSERT_SIZE(port, 24);
+ASSERT_SIZE(config, 96 + FLOW_PAD);
 ASSERT_SIZE(flow4_key, 16);
 ASSERT_SIZE(flow6_key, 40);
 ASSERT_SIZE(flow, 56);
