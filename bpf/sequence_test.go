@@ -262,6 +262,7 @@ type sent struct {
 	ctx     skb
 	flags   string // TCP's
 	frame   []byte
+	quoted  *quote // by an ICMP error
 }
 
 // want is what is to become of a packet.
@@ -307,6 +308,7 @@ type sequence struct {
 	w      *world
 	m      *model
 	last   []delivery
+	frags  uint32 // fragmented datagrams so far
 	log    []string
 	data   []byte
 	before counters
@@ -316,6 +318,7 @@ type sequence struct {
 // sequenceCounts is what runs have shown.
 type sequenceCounts struct {
 	packets, changes, forwarded, dropped, trips int
+	errors, fragments                           int // ICMP's that travelled along a flow; and later fragments that did
 	seen                                        map[string]bool
 }
 
@@ -364,6 +367,11 @@ func (s *sequence) apply() {
 			s.m.forget(f)
 		}
 	}
+	for k, f := range s.m.waiting {
+		if gone(f.slots[1]) || f.verdict.Port != 0 && !live[f.verdict.Port] {
+			delete(s.m.waiting, k)
+		}
+	}
 }
 
 func livePorts(t policy.Tables) map[uint16]bool {
@@ -391,6 +399,10 @@ func (h *host) sweepUntilDone(program string) {
 
 // step is one packet or one change.
 func (s *sequence) step() {
+	var high int
+	if len(s.d.data) > 0 {
+		high = int(s.d.data[0]) / 16
+	}
 	switch kind := s.d.n(16); {
 	case kind == 0:
 		s.counts.changes++
@@ -417,10 +429,16 @@ func (s *sequence) step() {
 			require.NoError(s.h.t, s.writer.Renew())
 			s.m.generation++
 		}
+	case kind < 8 && high >= 12 && len(s.last) > 0:
+		s.sendError(s.last[s.d.n(len(s.last))])
 	case kind < 8 && len(s.last) > 0:
 		s.send(s.reply(s.last[s.d.n(len(s.last))]))
+	case kind < 12 && high >= 14:
+		s.sendFragments(s.fromContainer())
 	case kind < 12:
 		s.send(s.fromContainer())
+	case kind < 15 && high >= 14:
+		s.sendFragments(s.fromUplink())
 	case kind < 15:
 		s.send(s.fromUplink())
 	default:
@@ -539,27 +557,29 @@ func (s *sequence) fromHost() sent {
 	return p
 }
 
-// reply answers a packet from where it arrived.
-func (s *sequence) reply(d delivery) sent {
-	var p sent
-	var smac, dmac net.HardwareAddr
+// back is something that is sent from where a packet arrived to where it came from, and its MACs.
+func (s *sequence) back(d delivery) (p sent, smac, dmac net.HardwareAddr) {
 	sender := net.HardwareAddr(d.out[6:12])
 	switch {
 	case d.slot != 0:
 		p = sent{program: "from_container", hook: bpf.DatapathHookHOOK_CONTAINER, ctx: s.h.sentBy(d.slot)}
 		p.packet.From, p.packet.Device = policy.FromContainer, s.h.links[d.slot]
 		p.packet.Gateway = bytes.Equal(sender, bridgeMAC(places[d.slot].network))
-		smac, dmac = macOf(d.slot), sender
+		return p, macOf(d.slot), sender
 	case d.onLo:
 		p = sent{program: "from_host", hook: bpf.DatapathHookHOOK_HOST, ctx: skb{Ifindex: 1}}
 		p.packet.From, p.packet.Device = policy.FromHost, 1
-		smac, dmac = zeroMAC, zeroMAC
-	default:
-		device := pick(s.d, s.h.up, s.h.up, s.h.up1)
-		p = sent{program: "from_uplink", hook: bpf.DatapathHookHOOK_UPLINK, ctx: skb{Ifindex: uint32(device)}}
-		p.packet.From, p.packet.Device = policy.FromUplink, device
-		smac, dmac = outsideMAC, s.macOfUplink(device)
+		return p, zeroMAC, zeroMAC
 	}
+	device := pick(s.d, s.h.up, s.h.up, s.h.up1)
+	p = sent{program: "from_uplink", hook: bpf.DatapathHookHOOK_UPLINK, ctx: skb{Ifindex: uint32(device)}}
+	p.packet.From, p.packet.Device = policy.FromUplink, device
+	return p, outsideMAC, s.macOfUplink(device)
+}
+
+// reply answers a packet from where it arrived.
+func (s *sequence) reply(d delivery) sent {
+	p, smac, dmac := s.back(d)
 	_, t := tupleOf(d.out)
 	p.packet.Proto, p.packet.Tuple = d.proto, t.Inverse()
 	if d.proto == policy.TCP {
@@ -837,17 +857,14 @@ func (s *sequence) newFlow(p sent, v policy.Verdict, answers flowKey) *modelFlow
 	return f
 }
 
-// send has the data path judge a packet and compares.
-func (s *sequence) send(p sent) {
+// judge has the data path judge a packet and compares. It reports whether the packet goes on, and what counted it.
+func (s *sequence) judge(p sent, w want) (r result, got string, on bool) {
 	h := s.h
 	s.counts.packets++
-	s.say("%s dev %d: %s %s %s gateway %v mark %#x", p.program, p.packet.Device, p.packet.Proto, p.packet.Tuple, p.flags, p.packet.Gateway, p.ctx.Mark)
-	w := s.expect(p)
-	r := h.run(p.program, p.frame, p.ctx)
+	r = h.run(p.program, p.frame, p.ctx)
 	after := h.counters()
 	moved := after.since(s.before)
 	s.before = after
-	got := ""
 	for k, n := range moved {
 		if n != 1 || got != "" {
 			s.fail("one packet moved %v", moved)
@@ -858,37 +875,49 @@ func (s *sequence) send(p sent) {
 	s.counts.seen[got] = true
 	if r.action != w.action || got != w.count {
 		if w.either && (w.count == "" || r.action == actShot) {
-			return
+			return r, got, false
 		}
 		s.fail("action %d %q, the model says %d %q\n%s\nby policy: %q", r.action, s.name(got), w.action, s.name(w.count), hex.Dump(p.frame),
 			s.m.tables.Explain(s.m.host, p.packet).Steps)
 	}
 	if r.action == actShot {
 		s.counts.dropped++
-		return
+		return r, got, false
 	}
 	if err := unspoiled(p.frame, r.out); err != nil {
 		s.fail("%v", err)
 	}
-	_, out := tupleOf(r.out)
-	if r.action == actPass {
-		if !bytes.Equal(p.frame, r.out) {
-			s.fail("changed on its way to %s\n%s%s", w.count, hex.Dump(p.frame), hex.Dump(r.out))
-		}
-		if w.flow != nil {
-			s.travel(p, w)
-		}
-		return
+	if r.action == actPass && !bytes.Equal(p.frame, r.out) {
+		s.fail("changed on its way to %s\n%s%s", w.count, hex.Dump(p.frame), hex.Dump(r.out))
 	}
-	s.counts.forwarded++
-	s.translated(p, w, out)
 	hops := byte(0)
-	if w.routed {
+	if w.routed && r.action == actRedirect {
 		hops = 1
 	}
 	if hopLimit(r.out) != hopLimit(p.frame)-hops {
 		s.fail("hop limit %d became %d, want %d less", hopLimit(p.frame), hopLimit(r.out), hops)
 	}
+	return r, got, true
+}
+
+// send has the data path judge a packet, compares, and notes what came of it.
+func (s *sequence) send(p sent) {
+	h := s.h
+	s.say("%s dev %d: %s %s %s gateway %v mark %#x", p.program, p.packet.Device, p.packet.Proto, p.packet.Tuple, p.flags, p.packet.Gateway, p.ctx.Mark)
+	w := s.expect(p)
+	r, got, on := s.judge(p, w)
+	if !on {
+		return
+	}
+	if r.action == actPass {
+		if w.flow != nil {
+			s.travel(p, w)
+		}
+		return
+	}
+	_, out := tupleOf(r.out)
+	s.counts.forwarded++
+	s.translated(p, w, out)
 	f := w.flow
 	if !w.opens && f.opener.Proto == p.packet.Proto && w.dir == 1 {
 		s.counts.trips++
@@ -1042,6 +1071,8 @@ func TestSequences(t *testing.T) {
 		runSequence(h, writer, data, counts)
 	}
 	require.NotZero(t, counts.trips)
+	require.NotZero(t, counts.errors)
+	require.NotZero(t, counts.fragments)
 	promise.Kept(t, promise.Model, "Each packet goes where the model of the policy and of its flows says, whatever changes meanwhile, and answers come back as what was sent.",
 		"%d packets of random sequences with %d changes of state: %d forwarded, %d of them back along their flow, %d dropped, none against the model",
 		counts.packets, counts.changes, counts.forwarded, counts.trips, counts.dropped)
