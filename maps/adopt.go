@@ -241,7 +241,7 @@ func batches[K, V any](m *ebpf.Map, each func(K, V)) error {
 
 // batchesUntil is the same, and ends with the first error of each, which keeps neither of its arguments.
 func batchesUntil[K, V any](m *ebpf.Map, each func(*K, *V) error) error {
-	const size = 1024
+	size := min(1024, max(128, m.MaxEntries()/8)) // small ones are read for every packet that is asked about
 	keys, values := make([]K, size), make([]V, size)
 	var cursor ebpf.MapBatchCursor
 	for {

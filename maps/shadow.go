@@ -136,20 +136,13 @@ func (s *Shadow) Fetch() (more bool, err error) {
 
 // Judged is what became of the one packet since the last call.
 func (s *Shadow) Judged() (Judged, error) {
-	drops, err := s.own.Drops()
+	now := make(map[Judged]uint64)
+	err := errors.Join(
+		s.count(s.own.m["drops"], func(kind int, hook string, n uint64) { now[Judged{Reason: reasonNames()[kind], Hook: hook}] = n }),
+		s.count(s.own.m["fates"], func(kind int, hook string, n uint64) { now[Judged{Fate: fateNames()[kind], Hook: hook}] = n }),
+	)
 	if err != nil {
 		return Judged{}, err
-	}
-	fates, err := s.own.Fates()
-	if err != nil {
-		return Judged{}, err
-	}
-	now := make(map[Judged]uint64, len(drops)+len(fates))
-	for _, d := range drops {
-		now[Judged{Reason: d.Reason, Hook: d.Hook}] = d.Packets
-	}
-	for _, f := range fates {
-		now[Judged{Fate: f.Fate, Hook: f.Hook}] = f.Packets
 	}
 	var out Judged
 	for j, n := range now {
@@ -163,6 +156,29 @@ func (s *Shadow) Judged() (Judged, error) {
 	}
 	s.counted = now
 	return out, err
+}
+
+// count calls f for every counter that is not zero, in one system call for all of them.
+func (s *Shadow) count(m *ebpf.Map, f func(kind int, hook string, packets uint64)) error {
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		return err
+	}
+	hooks := hookNames()
+	hooks = hooks[:len(hooks)-1] // HOOK_COUNT
+	keys := make([]uint32, m.MaxEntries())
+	values := make([]bpf.DatapathCount, len(keys)*cpus)
+	var cursor ebpf.MapBatchCursor
+	got, err := m.BatchLookup(&cursor, keys, values, nil)
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("read %s: %w", m, err)
+	}
+	for i, key := range keys[:got] {
+		if packets, _ := sum(values[i*cpus : (i+1)*cpus]); packets != 0 {
+			f(int(key)/len(hooks), hooks[int(key)%len(hooks)], packets)
+		}
+	}
+	return nil
 }
 
 // Opened is the flow that the last run has opened; false: none.
