@@ -33,6 +33,7 @@ func get(ctx context.Context, args []string) error {
 	network := f.String("network", "tcp", "tcp, tcp4, tcp6, udp, udp4 or udp6")
 	timeout := f.Duration("timeout", 3*time.Second, "for each of connect and receive")
 	bind := f.String("bind", "", "source `ADDRESS:PORT`")
+	device := f.String("device", "", "bind the socket to it (SO_BINDTODEVICE)")
 	mapped := f.Bool("mapped", false, "reach an IPv4 address through an IPv6 socket, as Java does")
 	unconnected := f.Bool("unconnected", false, "UDP: sendto and recvfrom, no connect")
 	send := f.String("send", "hello", "`text` to send; TCP sends none before the server has spoken")
@@ -54,6 +55,12 @@ func get(ctx context.Context, args []string) error {
 			return err
 		}
 		defer s.close()
+		if *device != "" {
+			if err := unix.BindToDevice(s.fd, *device); err != nil {
+				r.Stage = "socket"
+				return os.NewSyscallError("setsockopt", err)
+			}
+		}
 		return s.exchange(&r, dst, *bind, *unconnected, *send, *repeat)
 	}()
 	if err != nil {

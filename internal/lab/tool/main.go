@@ -32,11 +32,12 @@ var commands = map[string]struct {
 	"talk":          {talk, "an exchange for each line of standard input, on one socket"},
 	"stream":        {stream, "a long exchange of numbered messages, every echo checked"},
 	"flood-connect": {floodConnect, "connect and close at full rate"},
+	"crowd":         {runCrowd, "many flows at once, each of which must get its own answers"},
+	"crowd-serve":   {crowdServe, "answer crowds, and notice who speaks for another"},
 	"burst":         {burst, "send in every way to many, from the first instruction on"},
 	"udp-count":     {udpCount, "send a number of datagrams"},
 	"witness":       {witness, "answer probes of all protocols, and tell who sent them"},
 	"probe":         {probe, "try to reach many addresses at once, by all protocols"},
-	"confine":       {confine, "run a program as the service of a unit"},
 }
 
 func main() {
