@@ -99,6 +99,7 @@ func (s *scene) own(link string, lacks []string) error {
 		{"SIGTERM is passed on", o.signal},
 		{"publish and unpublish", o.publish},
 		{"published ports are held", o.held},
+		{"the clock is set", o.clock},
 		{"restart", o.restart},
 		{"a veth beside", o.beside},
 		{"doctor names what is missing", func() error { return doctor(lacks) }},

@@ -91,7 +91,8 @@ func (s *space) send(to netip.AddrPort) error {
 // conversation is a client's connection to one of our servers.
 type conversation struct {
 	net.Conn
-	seen netip.Addr // how the server sees it
+	seen netip.Addr     // how the server sees it
+	from netip.AddrPort // the same with its port
 }
 
 // ask opens a conversation with some bytes that must come back unchanged.
@@ -145,7 +146,8 @@ func (c *conversation) first(network string, size int) error {
 
 func (c *conversation) parse(line []byte) error {
 	seen, err := netip.ParseAddrPort(string(line))
-	c.seen = seen.Addr().Unmap()
+	c.from = netip.AddrPortFrom(seen.Addr().Unmap(), seen.Port())
+	c.seen = c.from.Addr()
 	return err
 }
 
