@@ -353,7 +353,10 @@ func (m *Maps) BusiestDestination(share float64) (Busiest, error) {
 	if err != nil {
 		return Busiest{}, err
 	}
-	room := int(c.Snat[0].Count + c.Snat[1].Count)
+	room, err := m.masqueradePorts(&c)
+	if err != nil {
+		return Busiest{}, err
+	}
 	v4, v6, err := m.Flows()
 	if err != nil || room == 0 {
 		return Busiest{}, err

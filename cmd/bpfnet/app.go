@@ -76,6 +76,7 @@ type counters interface {
 	BusiestDestination(share float64) (maps.Busiest, error)
 	Denied() ([]maps.Denied, error)
 	EachFlow(each func(*maps.Flow) error) error
+	Masquerade() (maps.Masquerade, error)
 	Close()
 }
 
@@ -200,7 +201,7 @@ another terminal a sandbox, which is a process in a network of its own:
   bpfnet daemon --docker off
   bpfnet run -d -p 8080:8000 python3 -m http.server
 
-The commands that read (stats, status, drops, flows, shield, ps, port, logs,
+The commands that read (stats, status, drops, flows, nat, shield, ps, port, logs,
 network ls and inspect) work with the daemon down too.`,
 		SilenceErrors:     true,
 		SilenceUsage:      true,
@@ -233,6 +234,7 @@ network ls and inspect) work with the daemon down too.`,
 		a.statsCommand(),
 		a.dropsCommand(),
 		a.flowsCommand(),
+		a.natCommand(),
 		a.explainCommand(),
 		a.doctorCommand(),
 		a.networkCommand(),

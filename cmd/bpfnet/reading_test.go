@@ -29,8 +29,9 @@ type fakeCounters struct {
 	fill   []maps.Fill
 	err    error
 
-	busiest maps.Busiest
-	flows   []maps.Flow
+	busiest    maps.Busiest
+	flows      []maps.Flow
+	masquerade maps.Masquerade
 }
 
 func (c fakeCounters) Drops() ([]maps.Drop, error)    { return c.drops, c.err }
@@ -38,6 +39,8 @@ func (c fakeCounters) Fates() ([]maps.Fate, error)    { return c.fates, c.err }
 func (c fakeCounters) Fill() ([]maps.Fill, error)     { return c.fill, c.err }
 func (c fakeCounters) Denied() ([]maps.Denied, error) { return c.denied, c.err }
 func (c fakeCounters) Close()                         {}
+
+func (c fakeCounters) Masquerade() (maps.Masquerade, error) { return c.masquerade, c.err }
 
 func (c fakeCounters) EachFlow(each func(*maps.Flow) error) error {
 	for i := range c.flows {

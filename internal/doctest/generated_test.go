@@ -53,7 +53,7 @@ var advice = map[string]string{
 	"unknown_endpoint":   "Nobody in the container's own network has that address, as far as the Engine knows.",
 	"malformed":          "A truncated or contradictory packet. Many of them: look for a broken sender, or for an attack.",
 	"fragment_not_found": "A later fragment came before the first, or without it. See the MTU along the path; fragments that overtake each other are not reordered.",
-	"snat_exhausted":     "All ports tried towards that destination are taken. Widen what the host leaves free (net.ipv4.ip_local_port_range), or spread destinations.",
+	"snat_exhausted":     "All ports tried towards that destination are taken: `bpfnet nat` shows by whom. Widen what the host leaves free (net.ipv4.ip_local_port_range), or spread destinations.",
 	"flow_cap":           "The container has as many flows as `--endpoint-flows` allows; they go as they end or time out. Raise it, or look at what opens so many (`bpfnet flows --by container`).",
 	"flow_table_full":    "Raise `--flows`, or shorten timeouts. `bpfnet status` shows the fill, `bpfnet flows --by container` who fills it.",
 	"flow_collision":     "Two flows would look the same to a container (one client port through two host addresses, for a protocol without ports to change). Rare and harmless.",
