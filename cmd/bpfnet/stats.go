@@ -58,15 +58,21 @@ type PortStats struct {
 }
 
 func (a *App) statsCommand() *cobra.Command {
+	var watch bool
+	var interval time.Duration
 	cmd := &cobra.Command{
 		Use:   "stats [NAME]",
 		Short: "Show traffic and drops",
 		Long: `Show what became of all packets, drops by their reason, and the traffic of each
 network, container and published port; with a NAME, of that network or container
 only. RX is into a container, TX out of it. All numbers count from when the
-programs were first loaded. Works with the daemon down.`,
+programs were first loaded. Works with the daemon down.
+
+With --watch, show rates per second, the largest first, until interrupted: on a
+terminal over the same screen, else one block below the other.`,
 		Example: `  bpfnet stats
-  bpfnet stats web -o json`,
+  bpfnet stats web -o json
+  bpfnet stats --watch --interval 5s`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) > 1 {
 				return usagef("unexpected argument %q", args[1])
@@ -75,14 +81,25 @@ programs were first loaded. Works with the daemon down.`,
 		},
 	}
 	asJSON := outputFlag(cmd)
-	cmd.RunE = func(_ *cobra.Command, args []string) error {
+	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "show rates, again and again")
+	cmd.Flags().DurationVar(&interval, "interval", watchInterval, "with --watch: the `time` between two readings")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		jsonWanted, err := asJSON()
 		if err != nil {
+			return err
+		}
+		if cmd.Flags().Changed("interval") && !watch {
+			return usagef("--interval: add --watch, which reads more than once")
+		}
+		if err := checkInterval(interval); err != nil {
 			return err
 		}
 		name := ""
 		if len(args) == 1 {
 			name = args[0]
+		}
+		if watch {
+			return a.watchStats(cmd.Context(), name, interval, jsonWanted)
 		}
 		s, err := a.readStats(name)
 		if err != nil {
@@ -199,6 +216,8 @@ func addCount(to *maps.EndpointCount, c maps.EndpointCount) {
 	to.DropBytes += c.DropBytes
 }
 
+func portTitle(p PortStats) string { return p.Host + "->" + p.Target + "/" + p.Proto }
+
 // fateTitles are the rows of the first table.
 var fateTitles = []struct{ fate, title string }{
 	{"container", "into containers (fast path)"},
@@ -255,7 +274,7 @@ func (a *App) printStats(s *Stats) error {
 	rows = nil
 	for _, p := range s.Ports {
 		rows = append(rows, []string{
-			p.Host + "->" + p.Target + "/" + p.Proto, p.Container, p.Network, strconv.FormatUint(p.Connections, 10),
+			portTitle(p), p.Container, p.Network, strconv.FormatUint(p.Connections, 10),
 			traffic(p.RxPackets, p.RxBytes), traffic(p.TxPackets, p.TxBytes), strconv.FormatUint(p.NotReady, 10),
 		})
 	}
