@@ -3,14 +3,19 @@
 package scenarios
 
 import (
+	"encoding/binary"
+	"errors"
 	"os"
 	"path/filepath"
 	"regexp"
 	"testing"
+	"time"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/stretchr/testify/require"
 
+	"github.com/bpfnet/bpfnet/bpf"
 	"github.com/bpfnet/bpfnet/internal/lab"
 	"github.com/bpfnet/bpfnet/internal/promise"
 )
@@ -22,6 +27,17 @@ func (w *site) flowTable(t *testing.T) (value, entries uint32) {
 	require.NoError(t, err)
 	defer m.Close()
 	return m.ValueSize(), m.MaxEntries()
+}
+
+// generation is that of the policy, which only ever grows.
+func (w *site) generation(t *testing.T) uint32 {
+	t.Helper()
+	m, err := ebpf.LoadPinnedMap(filepath.Join(w.BPFFS, "maps", "config"), nil)
+	require.NoError(t, err)
+	defer m.Close()
+	value := make([]byte, m.ValueSize())
+	require.NoError(t, m.Lookup(uint32(0), value))
+	return binary.NativeEndian.Uint32(value[unsafe.Offsetof(bpf.DatapathConfig{}.Generation):])
 }
 
 // Needs root and clang 14. Under traffic of every kind, the daemon is replaced by one whose flow entries are
@@ -57,6 +73,7 @@ func TestAcceptUpgrade(t *testing.T) {
 				{"downgrade", now, "4096", false, 64, 8192},
 			}
 			for _, s := range steps {
+				before := w.generation(t)
 				if s.kill {
 					w.b.Kill()
 				} else {
@@ -72,6 +89,11 @@ func TestAcceptUpgrade(t *testing.T) {
 				require.Equal(t, s.name != "same again", carried != "", s.name)
 				_, err := os.Stat(filepath.Join(w.BPFFS, "next"))
 				require.ErrorIs(t, err, os.ErrNotExist, "the old tables are dropped")
+				require.GreaterOrEqual(t, w.generation(t), before, "settings go on where they were")
+				lab.Eventually(t, 20*time.Second, "the old settings are dropped", func() bool {
+					_, err := os.Stat(filepath.Join(w.BPFFS, "former"))
+					return errors.Is(err, os.ErrNotExist)
+				})
 				w.works(t)
 			}
 			tr.streams["fine, published tcp"] = fine
