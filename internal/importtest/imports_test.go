@@ -51,6 +51,7 @@ var only = map[string][]string{
 	"github.com/prometheus":          {"metrics"},
 	"github.com/cilium/ebpf":         {"bpf", "maps", "loader", "bench"}, // bench: to make frames, and the limit of dropping them
 	"github.com/spf13/cobra":         {"cmd/bpfnet"},
+	"charm.land":                     {"cmd/bpfnet"},
 	"gonum.org/v1/plot":              {"bench"},
 	"github.com/HdrHistogram":        {"bench/load"},
 }
