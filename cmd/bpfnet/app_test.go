@@ -201,7 +201,7 @@ func TestHelpIsShownWithoutCommand(t *testing.T) {
 
 func TestUsageErrors(t *testing.T) {
 	for line, want := range map[string]string{
-		"stat":                              `bpfnet: unknown command "stat"; did you mean start, stats, status, stop?; see "bpfnet --help"`,
+		"stat":                              `bpfnet: unknown command "stat"; did you mean nat, start, stats, status, stop?; see "bpfnet --help"`,
 		"frobnicate":                        `bpfnet: unknown command "frobnicate"; see "bpfnet --help"`,
 		"network alow a b":                  `bpfnet: network: unknown command "alow"; did you mean allow?; see "bpfnet network --help"`,
 		"network allow a":                   `bpfnet: network allow: missing the second network; see "bpfnet network allow --help"`,
