@@ -9,3 +9,4 @@ package bpf
 //go:generate go tool bpf2go -cc clang-14 -target bpfel -cflags "-O2 -g -Wall -Wextra -Werror -mcpu=v3 -I/usr/include/x86_64-linux-gnu -Ilib" Sock sock.bpf.c
 //go:generate go tool bpf2go -cc clang-14 -target bpfel -cflags "-O2 -g -Wall -Wextra -Werror -mcpu=v3 -I/usr/include/x86_64-linux-gnu -Ilib" Strict strict.bpf.c
 //go:generate go tool bpf2go -cc clang-14 -target bpfel -cflags "-O2 -g -Wall -Wextra -Werror -mcpu=v3 -I/usr/include/x86_64-linux-gnu -Ilib" Shield shield.bpf.c
+//go:generate go tool bpf2go -cc clang-14 -target bpfel -cflags "-O2 -g -Wall -Wextra -Werror -mcpu=v3 -I/usr/include/x86_64-linux-gnu" -type pass Capture capture.bpf.c

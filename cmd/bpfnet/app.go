@@ -46,6 +46,7 @@ type App struct {
 	HasLink        func(ifindex int) bool
 	OpenCounters   func(bpffs string) (counters, error)
 	OpenEvents     func(bpffs string) (events, error)
+	OpenCapture    func(bpffs string, f loader.CaptureFilter) (capture, error)
 	RemovePrograms func(loader.Paths) error
 	RestoreSysctls func([]store.Change) error
 	RemoveOwn      func(st *store.Store, dir, cgroup string, force bool) error
@@ -102,6 +103,7 @@ func newApp() *App {
 			return m, nil
 		},
 		OpenEvents:     openEvents,
+		OpenCapture:    openCapture,
 		RemovePrograms: func(p loader.Paths) error { return loader.Cleanup(p, netdev.Clsact{}) },
 		RemoveOwn:      removeOwn,
 		RestoreSysctls: func(changes []store.Change) error {
@@ -237,6 +239,7 @@ network ls and inspect) work with the daemon down too.`,
 		a.flowsCommand(),
 		a.natCommand(),
 		a.explainCommand(),
+		a.captureCommand(),
 		a.doctorCommand(),
 		a.networkCommand(),
 		a.endpointCommand(),

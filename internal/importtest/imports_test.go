@@ -54,11 +54,12 @@ var only = map[string][]string{
 	"charm.land":                     {"cmd/bpfnet"},
 	"gonum.org/v1/plot":              {"bench"},
 	"github.com/HdrHistogram":        {"bench/load"},
+	"github.com/gopacket/gopacket":   {"cmd/bpfnet"}, // pcapng
 }
 
 // testOnly are packages of others that only tests and internal/ may import.
 var testOnly = []string{
-	"github.com/gopacket/gopacket", "github.com/vishvananda/netns", "github.com/stretchr/testify", "testing",
+	"github.com/vishvananda/netns", "github.com/stretchr/testify", "testing",
 	"github.com/rogpeppe/go-internal",
 }
 

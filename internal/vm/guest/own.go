@@ -100,6 +100,7 @@ func (s *scene) own(link string, lacks []string) error {
 		{"publish and unpublish", o.publish},
 		{"published ports are held", o.held},
 		{"the clock is set", o.clock},
+		{"captures", o.captures},
 		{"restart", o.restart},
 		{"a veth beside", o.beside},
 		{"doctor names what is missing", func() error { return doctor(lacks) }},
