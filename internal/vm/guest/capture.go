@@ -121,7 +121,7 @@ func (o *own) captures() error {
 	if err != nil {
 		return err
 	}
-	drops, err := capture("drops", "--reason", "isolated")
+	drops, err := capture("drops", "--reason", "direct_access")
 	if err != nil {
 		return err
 	}
@@ -129,7 +129,7 @@ func (o *own) captures() error {
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(o.rewritten(web), o.isolatedIn(drops)); err != nil {
+	if err := errors.Join(o.rewritten(web), o.droppedIn(drops)); err != nil {
 		return err
 	}
 	if err := port.cmd.Wait(); err != nil {
@@ -236,8 +236,8 @@ func (o *own) rewritten(c *capturing) error {
 	})
 }
 
-// isolatedIn has a datagram dropped.
-func (o *own) isolatedIn(c *capturing) error {
+// droppedIn has a datagram of the world's dropped that no port was published for.
+func (o *own) droppedIn(c *capturing) error {
 	f := families[0]
 	all, err := readCapture(c.file)
 	if err == nil && len(all) != 0 {
@@ -246,7 +246,7 @@ func (o *own) isolatedIn(c *capturing) error {
 	if err != nil {
 		return err
 	}
-	if err := o.dropped(o.far, at(f.a, target), "isolated"); err != nil {
+	if err := o.dropped(o.world, at(f.a, target), "direct_access"); err != nil {
 		return err
 	}
 	return eventually(func() error {
@@ -257,7 +257,7 @@ func (o *own) isolatedIn(c *capturing) error {
 		if len(all) != 1 {
 			return fmt.Errorf("%d packets were dropped: want one", len(all))
 		}
-		return errors.Join(all[0].between(f.other, f.a),
-			all[0].says(fmt.Sprintf(`^from container: dropped: isolated; %v:\d+ \(far\) > %v:%d \(web\) udp$`, f.other, f.a, target)))
+		return errors.Join(all[0].between(f.world, f.a),
+			all[0].says(fmt.Sprintf(`^from outside: dropped: direct_access; %v:\d+ > %v:%d \(web\) udp$`, f.world, f.a, target)))
 	})
 }
