@@ -110,7 +110,7 @@ func (s *crowdServer) accept(l net.Listener, work *sync.WaitGroup) {
 			defer s.mu.Unlock()
 			delete(s.conns, c)
 			c.Close()
-			if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, net.ErrClosed) {
+			if !errors.Is(err, io.EOF) && !errors.Is(err, net.ErrClosed) {
 				s.done.Resets++
 				fmt.Fprintf(os.Stderr, "%s: %v\n", c.RemoteAddr(), err)
 			}
@@ -118,7 +118,7 @@ func (s *crowdServer) accept(l net.Listener, work *sync.WaitGroup) {
 	}
 }
 
-// converse answers one connection, all of whose messages must be of one flow.
+// converse answers one connection, all of whose messages must be of one flow. Its error says what ended it.
 func (s *crowdServer) converse(c net.Conn) error {
 	in := bufio.NewReaderSize(c, crowdLine)
 	seen := unmap(c.RemoteAddr())

@@ -32,6 +32,7 @@ var commands = map[string]struct {
 	"talk":          {talk, "an exchange for each line of standard input, on one socket"},
 	"stream":        {stream, "a long exchange of numbered messages, every echo checked"},
 	"flood-connect": {floodConnect, "connect and close at full rate"},
+	"confine":       {confine, "run a program as the service of a unit"},
 	"crowd":         {runCrowd, "many flows at once, each of which must get its own answers"},
 	"crowd-serve":   {crowdServe, "answer crowds, and notice who speaks for another"},
 	"burst":         {burst, "send in every way to many, from the first instruction on"},
