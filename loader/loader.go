@@ -176,7 +176,8 @@ func Load(opts Options) (*Loader, error) {
 	l.shareSizes(spec)
 	l.sock, err = l.load(spec, sock)
 	if err == nil {
-		err = clearBuilds(programsDir(opts.BPFFS), datapath, sock, shelf{object: bpf.StrictDigest()}, shelf{object: bpf.ShieldDigest()})
+		err = clearBuilds(programsDir(opts.BPFFS), datapath, sock, shelf{object: bpf.StrictDigest()}, shelf{object: shieldObject(ShieldNative)},
+			shelf{object: shieldObject(ShieldGeneric)})
 	}
 	if err != nil {
 		l.Close()

@@ -53,7 +53,13 @@ func (l *Loader) LoadShield(mode string) (*Shield, error) {
 	}
 	l.shareSizes(spec)
 	pinned := pinnedMaps(spec)
-	c, err := l.load(spec, shelf{programsDir(l.opts.BPFFS), bpf.ShieldDigest()})
+	if mode == ShieldGeneric {
+		// For a program that takes frames in fragments the kernel gives generic XDP a new skb, and forgets the length of its
+		// link layer's header (Linux 6.18, skb_pp_cow_data): from_uplink would be shown the frame from its IP header on. For
+		// any other it makes the skb linear, and keeps it.
+		spec.Programs[ShieldProgram].Flags &^= unix.BPF_F_XDP_HAS_FRAGS
+	}
+	c, err := l.load(spec, shelf{programsDir(l.opts.BPFFS), shieldObject(mode)})
 	if err != nil {
 		return nil, fmt.Errorf("shield: %w", err)
 	}
@@ -62,6 +68,14 @@ func (l *Loader) LoadShield(mode string) (*Shield, error) {
 	defer l.mu.Unlock()
 	l.shield = s
 	return s, nil
+}
+
+// shieldObject tells what is loaded for a mode from what is for the other.
+func shieldObject(mode string) string {
+	if mode == ShieldGeneric {
+		return bpf.ShieldDigest() + "-" + mode
+	}
+	return bpf.ShieldDigest()
 }
 
 // Maps are the maps that the shield works on. They are closed with it.

@@ -187,6 +187,36 @@ func (w *site) shieldPins(t *testing.T) []string {
 	return found
 }
 
+// Needs root. A driver that cannot run the shield keeps no other uplink from having it, and what to do about it is said; with
+// --shield-mode generic it runs there too.
+func TestShieldModes(t *testing.T) {
+	l := lab.New(t, lab.Opts{})
+	l.Host.MustRun(t, "ip", "link", "add", "link", lab.HostIf, "name", "slow0", "type", "macvlan", "mode", "bridge")
+	l.Host.MustRun(t, "ip", "addr", "add", "192.0.2.9/32", "dev", "slow0")
+	l.Host.MustRun(t, "ip", "link", "set", "slow0", "up")
+	w := ownSite(t, l, "--shield", "--uplink", lab.HostIf, "--uplink", "slow0")
+	w.sandbox(t, "web", "blue", "-p", "8080:80")
+	require.NotZero(t, w.xdpOf(t, lab.HostIf))
+	require.Zero(t, w.xdpOf(t, "slow0"))
+	devices := w.shield(t).Devices
+	i := slices.IndexFunc(devices, func(d shieldDevice) bool { return d.Device == "slow0" })
+	require.Contains(t, devices[i].Why, "--shield-mode generic")
+	w.Client.MustGet(t, at(lab.Host4, 8080))
+
+	w.b.Stop(t)
+	w.b.Use(w.b.Binary(), "--shield-mode", "generic")
+	w.b.Start(t)
+	require.NotZero(t, w.xdpOf(t, lab.HostIf))
+	require.NotZero(t, w.xdpOf(t, "slow0"))
+	require.Contains(t, w.b.MustCLI(t, "shield"), "Shield: generic, on 2 of 2 uplinks")
+	w.Client.MustGet(t, at(lab.Host4, 8080))
+	w.b.MustCLI(t, "deny", "add", lab.Client4.String())
+	w.refused(t, w.Client, "tcp", at(lab.Host4, 8080))
+	require.Positive(t, w.shield(t).kept(netip.PrefixFrom(lab.Client4, 32).String()))
+	w.b.MustCLI(t, "deny", "rm", lab.Client4.String())
+	w.Client.MustGet(t, at(lab.Host4, 8080))
+}
+
 // Needs root. Without the flag there is no shield, and after a start without it no trace of one but the list.
 // Somebody else's program stays, and keeps the shield from its device only. Direct access is dropped before
 // from_uplink sees it.
