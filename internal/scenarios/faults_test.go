@@ -27,7 +27,7 @@ func symptoms(t *testing.T) (out []symptom) {
 	t.Helper()
 	raw, err := os.ReadFile(filepath.Join("..", "..", "docs", "operations.md"))
 	require.NoError(t, err)
-	_, section, found := strings.Cut(string(raw), "\n### What is wrong, by the command that shows it\n")
+	_, section, found := strings.Cut(string(raw), "\n## What is wrong, by the command that shows it\n")
 	require.True(t, found)
 	section, _, _ = strings.Cut(section, "\n#")
 	for line := range strings.Lines(section) {

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"syscall"
 	"testing"
@@ -202,7 +203,10 @@ func TestRelayOutlivesDaemon(t *testing.T) {
 	w.Host.Serve(t, "--tcp", "8085", "--family", "6")
 	w.serve(t, "web", "plain", "-p", "8085:80", "-p", "8086:80")
 	relayed(t, w.Host, loopback6, 8086, gateway, "web", "tcp")
-	assert.Regexp(t, `port \[::\]:8085->80/tcp of web .*in use by labtool`, w.b.MustCLI(t, "status"))
+	taken := regexp.MustCompile(`port \[::\]:8085->80/tcp of web .*in use by labtool`)
+	lab.Eventually(t, 10*time.Second, "status tells of the round that has found it taken", func() bool {
+		return taken.MatchString(w.b.MustCLI(t, "status"))
+	})
 
 	w.b.Stop(t)
 	relayed(t, w.Client, lab.Host6, 8086, gateway, "web", "tcp")
