@@ -10,6 +10,7 @@ import (
 	"math"
 	"net/netip"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -28,8 +29,11 @@ import (
 // MaxCapture is how many bytes of a packet can be captured: a record of the kernel's ring has 16 bits for its length.
 const MaxCapture = math.MaxUint16 - 1024
 
-// captureRing is the size of a processor's ring, bytes.
-const captureRing = 4 << 20
+// What the rings take, bytes: of one processor at the most, and of all.
+const (
+	captureRing  = 4 << 20
+	captureRings = 64 << 20
+)
 
 // deviceProgramNames are what a capture looks at, by number.
 var deviceProgramNames = []string{FromContainer, ToContainer, FromBridge, FromUplink, FromUplinkL3, FromHost, ToUplink, ToUplinkL3}
@@ -71,7 +75,6 @@ type Capture struct {
 	r       *perf.Reader
 	watched map[ebpf.ProgramID][]link.Link
 	next    time.Time // when to look for new programs
-	wall    time.Time // the wall clock at zero of CLOCK_MONOTONIC
 	parties map[[16]byte]bool
 	links   map[uint32]bool
 	lost    atomic.Uint64
@@ -104,18 +107,13 @@ func NewCapture(bpffs string, f CaptureFilter) (*Capture, error) {
 		dir: programsDir(bpffs), filter: f, spec: spec, watched: make(map[ebpf.ProgramID][]link.Link),
 		parties: make(map[[16]byte]bool), links: make(map[uint32]bool),
 	}
-	var ts unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts); err != nil {
-		return nil, fmt.Errorf("read the clock: %w", err)
-	}
-	c.wall = time.Now().Add(-time.Duration(ts.Nano()))
 	shared := part(spec, nil)
 	delete(shared.Maps, ".rodata")
 	shared.Variables = nil
 	if c.shared, err = ebpf.NewCollection(shared); err != nil {
 		return nil, fmt.Errorf("make the capture's maps: %w", err)
 	}
-	if c.r, err = perf.NewReader(c.shared.Maps["capture_events"], captureRing); err != nil {
+	if c.r, err = perf.NewReader(c.shared.Maps["capture_events"], min(captureRing, captureRings/runtime.NumCPU())); err != nil {
 		c.shared.Close()
 		return nil, fmt.Errorf("read the capture's ring: %w", err)
 	}
@@ -297,7 +295,7 @@ func (c *Capture) decode(raw []byte) (Captured, error) {
 		return Captured{}, fmt.Errorf("read a captured packet: no program has number %d", p.Program)
 	}
 	out := Captured{
-		Time: c.wall.Add(time.Duration(p.Time)), Program: deviceProgramNames[p.Program], Ifindex: int(p.Ifindex), Verdict: int(p.Verdict),
+		Time: maps.WallTime(p.Time), Program: deviceProgramNames[p.Program], Ifindex: int(p.Ifindex), Verdict: int(p.Verdict),
 		BeforeLength: int(p.Before), AfterLength: int(p.After),
 	}
 	if names := maps.Reasons(); p.Reason != 0 && int(p.Reason) < len(names) {

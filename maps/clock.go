@@ -20,6 +20,10 @@ func monotonic() time.Duration {
 	return time.Duration(ts.Nano()) - clockOffset()
 }
 
+// WallTime is when the data path's clock showed ns, which was not long ago. It goes by the age: the wall clock may have
+// been set since.
+func WallTime(ns uint64) time.Time { return time.Now().Add(time.Duration(ns) - monotonic()) }
+
 // clockOffset is by how much CLOCK_MONOTONIC is ahead in the time namespace of this process.
 var clockOffset = sync.OnceValue(func() time.Duration {
 	// The offsets are those of the children's namespace, which a process only enters when it is executed.

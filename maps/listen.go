@@ -176,10 +176,8 @@ func (l *Listener) decode(raw []byte) (Event, error) {
 	if _, err := binary.Decode(raw, binary.NativeEndian, &e); err != nil {
 		return Event{}, fmt.Errorf("read an event of %d bytes: %w", len(raw), err)
 	}
-	// By its age: the wall clock may have been set since it began to listen.
-	age := monotonic() - time.Duration(e.Time)
 	return Event{
-		Time: time.Now().Add(-age), Reason: nameOf(reasonNames(), int(e.Reason)), Hook: nameOf(hookNames(), int(e.Hook)),
+		Time: WallTime(e.Time), Reason: nameOf(reasonNames(), int(e.Reason)), Hook: nameOf(hookNames(), int(e.Hook)),
 		Ifindex: int(e.Ifindex), Length: int(e.Len), Head: e.Head[:min(int(e.Captured), len(e.Head))],
 	}, nil
 }

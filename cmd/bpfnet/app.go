@@ -203,8 +203,8 @@ another terminal a sandbox, which is a process in a network of its own:
   bpfnet daemon --docker off
   bpfnet run -d -p 8080:8000 python3 -m http.server
 
-The commands that read (stats, status, drops, flows, nat, shield, ps, port, logs,
-network ls and inspect) work with the daemon down too.`,
+The commands that read (stats, status, top, drops, flows, nat, capture, shield, ps,
+port, logs, doctor, network ls and inspect) work with the daemon down too.`,
 		SilenceErrors:     true,
 		SilenceUsage:      true,
 		DisableAutoGenTag: true,

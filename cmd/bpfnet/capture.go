@@ -66,8 +66,8 @@ func (a *App) captureCommand() *cobra.Command {
 		Long: `Write packets as the data path sees them, with what it decides, to a pcapng file
 that Wireshark and tshark read. A packet on the fast path is on no bridge, so that
 tcpdump does not see it there. Each has its verdict as a comment: "fast path",
-"left to the stack", or "dropped" with the reason; one that was rewritten follows
-as it went on. Ends with an interrupt, after --count packets or after --duration;
+"left to the host or the bridge", "let in" and "let out" of what these send on, or
+"dropped" with the reason; one that was rewritten follows as it went on. Ends with an interrupt, after --count packets or after --duration;
 nothing stays behind in the data path. Of a container, also packets that are only
 rewritten to its address are captured. What the shield and strict mode drop is not:
 "bpfnet drops -f" tells of it. Works with the daemon down.`,
@@ -134,6 +134,14 @@ func (o *captureOptions) open(a *App) (io.Writer, func() error, error) {
 		f, err := os.OpenFile(o.file, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 		if err != nil {
 			return nil, nil, fmt.Errorf("--write: %w", err)
+		}
+		// One that was there may have been open to others. Not so a pipe, nor a device.
+		if info, err := f.Stat(); err == nil && info.Mode().IsRegular() {
+			err = f.Chmod(0o600)
+			if err != nil {
+				f.Close()
+				return nil, nil, fmt.Errorf("--write: %w", err)
+			}
 		}
 		return f, f.Close, nil
 	}
@@ -259,8 +267,12 @@ func (c *captureWriter) write(p loader.Captured) error {
 		verdict += "dropped"
 	case p.Verdict == tcActRedirect:
 		verdict += "fast path"
+	case hook == "to_container":
+		verdict += "let in"
+	case hook == "to_uplink":
+		verdict += "let out"
 	default:
-		verdict += "left to the stack"
+		verdict += "left to the host or the bridge"
 	}
 	direction := pcapgo.NgEpbFlagDirectionInbound
 	if strings.HasPrefix(hook, "to_") {
