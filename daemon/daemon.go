@@ -1034,6 +1034,20 @@ func (d *Daemon) readHost(devices policy.Devices) (hostSettings, error) {
 	if err != nil {
 		return s, err
 	}
+	// Before forwarding, which is on for containers alone: nothing may fail between that and the round that guards it.
+	ports := planMasquerade(local, reserved)
+	if ports.reserve != nil && !covers(reserved, *ports.reserve) {
+		change, err := netdev.SetReservedPorts(mergeRanges(reserved, *ports.reserve))
+		if err != nil {
+			return s, err
+		}
+		if change.Path != "" {
+			d.changes = netdev.Merge(d.changes, []netdev.Change{change})
+			if err := d.saveChanges(); err != nil {
+				return s, err
+			}
+		}
+	}
 	before := len(d.changes)
 	plan, err := netdev.PlanForwarding(netdev.ReadSysctl, names, d.changes)
 	if err != nil {
@@ -1041,9 +1055,12 @@ func (d *Daemon) readHost(devices policy.Devices) (hostSettings, error) {
 	}
 	if len(plan) > 0 {
 		made, err := netdev.Apply(plan)
-		d.changes = netdev.Merge(d.changes, made)
+		earlier := d.changes
+		d.changes = netdev.Merge(earlier, made)
 		if err := errors.Join(err, d.saveChanges()); err != nil {
-			return s, fmt.Errorf("turn forwarding on: %w", err)
+			// The next start would take what is not remembered for the host's own, and route for everybody.
+			d.changes = earlier
+			return s, errors.Join(fmt.Errorf("turn forwarding on: %w", err), netdev.Restore(made))
 		}
 		d.log.Info("changed sysctls", "count", len(d.changes)-before)
 	}
@@ -1056,19 +1073,6 @@ func (d *Daemon) readHost(devices policy.Devices) (hostSettings, error) {
 			s.dropTransit4 = true
 		case "net/ipv6/conf/all/forwarding":
 			s.dropTransit6 = true
-		}
-	}
-	ports := planMasquerade(local, reserved)
-	if ports.reserve != nil && !covers(reserved, *ports.reserve) {
-		change, err := netdev.SetReservedPorts(mergeRanges(reserved, *ports.reserve))
-		if err != nil {
-			return s, err
-		}
-		if change.Path != "" {
-			d.changes = netdev.Merge(d.changes, []netdev.Change{change})
-			if err := d.saveChanges(); err != nil {
-				return s, err
-			}
 		}
 	}
 	s.snat, s.reserved = ports.ranges, ports.reserved

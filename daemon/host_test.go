@@ -3,10 +3,13 @@
 package daemon
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -14,6 +17,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/bpfnet/bpfnet/bpf"
 	"github.com/bpfnet/bpfnet/internal/lab"
@@ -116,4 +120,39 @@ func TestShieldComesBack(t *testing.T) {
 		attached = attached || a.Hook == "xdp" && a.Ifindex == l.Host.Ifindex(t, lab.HostIf)
 	}
 	assert.True(t, attached)
+}
+
+// Needs root. Forwarding that cannot be remembered as the daemon's own is not left on: the next start would take it for the
+// host's, and let it route for everybody.
+func TestForwardingIsRemembered(t *testing.T) {
+	l := lab.New(t, lab.Opts{})
+	d := openAs(t, l, Config{})
+	before := l.Host.GetSysctl(t, "net.ipv4.ip_forward")
+	require.Equal(t, "0", before)
+	// Behind the store's file descriptor, the file turns read-only.
+	fds, err := os.ReadDir("/proc/self/fd")
+	require.NoError(t, err)
+	turned := 0
+	for _, e := range fds {
+		path, err := os.Readlink("/proc/self/fd/" + e.Name())
+		if err != nil || !strings.HasPrefix(path, l.Dir) || filepath.Base(path) != "state.db" {
+			continue
+		}
+		fd, err := strconv.Atoi(e.Name())
+		require.NoError(t, err)
+		good, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+		require.NoError(t, err)
+		reads, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		require.NoError(t, err)
+		require.NoError(t, unix.Dup3(reads, fd, unix.O_CLOEXEC))
+		defer func() {
+			require.NoError(t, unix.Dup3(good, fd, unix.O_CLOEXEC))
+			require.NoError(t, errors.Join(unix.Close(good), unix.Close(reads)))
+		}()
+		turned++
+	}
+	require.Equal(t, 1, turned)
+	require.ErrorContains(t, l.Host.Do(d.reconcile), "turn forwarding on: ")
+	require.Equal(t, before, l.Host.GetSysctl(t, "net.ipv4.ip_forward"))
+	require.Empty(t, d.changes)
 }

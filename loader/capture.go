@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -78,6 +79,8 @@ type Capture struct {
 	parties map[[16]byte]bool
 	links   map[uint32]bool
 	lost    atomic.Uint64
+	mu      sync.Mutex // of watched and closed
+	closed  bool
 }
 
 // NewCapture begins to capture at the programs that are pinned below bpffs. Its error is maps.ErrNotLoaded where there are none.
@@ -170,6 +173,11 @@ func replaceSet[K comparable](m *ebpf.Map, have, want map[K]bool) error {
 // follow looks at programs that have come: those of another version of the daemon, after an upgrade. The old ones are looked
 // at too: devices have them until the upgrade is over.
 func (c *Capture) follow() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return os.ErrClosed
+	}
 	entries, err := os.ReadDir(c.dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -305,8 +313,9 @@ func (c *Capture) decode(raw []byte) (Captured, error) {
 	out.After = raw[n:min(len(raw), n+min(int(p.After), c.filter.Bytes))]
 	head := p.Head[:min(int(p.Captured), len(p.Head))]
 	out.Before = slices.Clone(head)
-	// The data path changes headers only: what is behind them came as it went.
-	if p.Before == p.After && len(out.After) > len(head) {
+	// The data path changes headers only: what is behind them came as it went. Where less is known of how it came, the
+	// headers may be among the rest.
+	if len(head) == len(p.Head) && p.Before == p.After && len(out.After) > len(head) {
 		out.Before = append(out.Before, out.After[len(head):]...)
 	}
 	out.Before = out.Before[:min(len(out.Before), c.filter.Bytes)]
@@ -316,8 +325,14 @@ func (c *Capture) decode(raw []byte) (Captured, error) {
 // Lost is how many packets were not read in time.
 func (c *Capture) Lost() uint64 { return c.lost.Load() }
 
-// Close takes everything off the programs.
+// Close takes everything off the programs. More than the first do nothing.
 func (c *Capture) Close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return nil
+	}
+	c.closed = true
 	var errs []error
 	for _, links := range c.watched {
 		for _, k := range links {

@@ -50,7 +50,9 @@ func (l *Loader) carryConfig(spec *ebpf.CollectionSpec) error {
 		if err != nil {
 			return err
 		}
-		l.former = append(l.former, m)
+		if m != nil { // nobody has removed it just now
+			l.former = append(l.former, m)
+		}
 	}
 	return nil
 }

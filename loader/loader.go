@@ -145,7 +145,11 @@ func Load(opts Options) (*Loader, error) {
 	}
 	spec.Maps["flows4"].MaxEntries = size
 	spec.Maps["flows6"].MaxEntries = size / 2
-	if err := errors.Join(l.carry(spec), l.carryConfig(spec)); err != nil {
+	err = l.carry(spec)
+	if err == nil { // a start that is refused leaves the settings as they are
+		err = l.carryConfig(spec)
+	}
+	if err != nil {
 		l.Close()
 		return nil, err
 	}

@@ -69,8 +69,9 @@ tcpdump does not see it there. Each has its verdict as a comment: "fast path",
 "left to the host or the bridge", "let in" and "let out" of what these send on, or
 "dropped" with the reason; one that was rewritten follows as it went on. Ends with an interrupt, after --count packets or after --duration;
 nothing stays behind in the data path. Of a container, also packets that are only
-rewritten to its address are captured. What the shield and strict mode drop is not:
-"bpfnet drops -f" tells of it. Works with the daemon down.`,
+rewritten to its address are captured; --port knows no ports behind extension headers
+of IPv6, nor in later fragments and ICMP errors. What the shield and strict mode drop
+is not there: see "bpfnet shield" and "bpfnet drops -f". Works with the daemon down.`,
 		Example: `  bpfnet capture --container web -w web.pcapng
   bpfnet capture --reason isolated --duration 10s -w isolated.pcapng
   bpfnet capture --port 8080 | tshark -r - -T fields -e frame.comment`,
@@ -168,8 +169,15 @@ func (a *App) capture(ctx context.Context, o captureOptions) (err error) {
 		return cannotRead(err)
 	}
 	defer func() { err = errors.Join(err, c.Close()) }()
+	if o.duration != 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, o.duration)
+		defer cancel()
+	}
+	// Also while nobody reads what is written: packets are to pay no longer than somebody wants them.
+	defer context.AfterFunc(ctx, func() { _ = c.Close() })()
 	if byParty {
-		if err := c.SetParties(o.parties(snap)); err != nil {
+		if err := c.SetParties(o.parties(snap)); err != nil && ctx.Err() == nil {
 			return err
 		}
 	}
@@ -182,11 +190,6 @@ func (a *App) capture(ctx context.Context, o captureOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	if o.duration != 0 {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, o.duration)
-		defer cancel()
-	}
 	w.names = newDropNames(snap)
 	written, read := 0, time.Now()
 	for ctx.Err() == nil && (o.count == 0 || written < o.count) {
@@ -196,6 +199,7 @@ func (a *App) capture(ctx context.Context, o captureOptions) (err error) {
 			if err := w.w.Flush(); err != nil {
 				return fmt.Errorf("write packets: %w", err)
 			}
+		case errors.Is(err, os.ErrClosed) && ctx.Err() != nil:
 		case err != nil:
 			return fmt.Errorf("read packets: %w", err)
 		default:
@@ -212,7 +216,7 @@ func (a *App) capture(ctx context.Context, o captureOptions) (err error) {
 		if snap, err := a.readSnapshot(); err == nil {
 			w.names = newDropNames(snap)
 			if byParty {
-				if err := c.SetParties(o.parties(snap)); err != nil {
+				if err := c.SetParties(o.parties(snap)); err != nil && ctx.Err() == nil {
 					return err
 				}
 			}
