@@ -4,6 +4,7 @@ package lab
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -359,12 +360,18 @@ func (l *Lab) hasSysctl(key string) bool {
 
 // removeTree unmounts what is mounted below dir and removes it.
 func removeTree(dir string) error {
-	for _, m := range mountsBelow(dir) {
-		if err := unix.Unmount(m, unix.MNT_DETACH); err != nil && err != syscall.EINVAL {
-			return fmt.Errorf("unmount %q: %w", m, err)
+	for try := 1; ; try++ {
+		for _, m := range mountsBelow(dir) {
+			if err := unix.Unmount(m, unix.MNT_DETACH); err != nil && err != syscall.EINVAL {
+				return fmt.Errorf("unmount %q: %w", m, err)
+			}
+		}
+		err := os.RemoveAll(dir)
+		// Something has been mounted since: by a process of the engine's that was about to end.
+		if !errors.Is(err, unix.EBUSY) || try == 5 {
+			return err
 		}
 	}
-	return os.RemoveAll(dir)
 }
 
 // mountsBelow lists mount points at or below dir, innermost first.
