@@ -16,7 +16,7 @@ type Masquerade struct {
 	Ranges  []PortRange // that ports are chosen from
 	Ports   int         // of them that may be used: the others are published or reserved
 	Tries   int         // of a new flow to find one
-	Refused uint64      // flows that found none, since the programs were first loaded
+	Refused uint64      // packets of new flows that found none, since the programs were first loaded
 	Used    []MasqueradeUse
 }
 

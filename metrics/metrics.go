@@ -103,7 +103,7 @@ var families = []Family{
 	{"bpfnet_flow_entries_deleted_total", "Flow table entries that the daemon deleted since its start, by cause: expired, or purged with their endpoint or port.", "counter", []string{"family", "cause"}},
 	{"bpfnet_expiry_duration_seconds", "How long the daemon's walks through the flow tables took.", "histogram", nil},
 	{"bpfnet_masquerade_port_tries", "At which try a masquerade port was found.", "histogram", nil},
-	{"bpfnet_masquerade_ports_exhausted_total", "Flows that got no masquerade port.", "counter", nil},
+	{"bpfnet_masquerade_ports_exhausted_total", "Packets of new flows that got no masquerade port.", "counter", nil},
 	{"bpfnet_reconcile_duration_seconds", "How long the daemon's rounds took.", "histogram", nil},
 	{"bpfnet_reconcile_errors_total", "Rounds that failed.", "counter", nil},
 	{"bpfnet_reconcile_last_success_timestamp_seconds", "When the last round ended without an error.", "gauge", nil},

@@ -23,7 +23,7 @@ type NAT struct {
 	Time         time.Time `json:"time"`
 	Ranges       []string  `json:"ranges"`  // that masquerade ports are chosen from: first-last
 	Ports        int       `json:"ports"`   // of them that may be used, towards each destination
-	Refused      uint64    `json:"refused"` // flows that found no port, since the programs were first loaded
+	Refused      uint64    `json:"refused"` // packets that found no port, since the programs were first loaded
 	Destinations []NATUse  `json:"destinations"`
 }
 
@@ -145,7 +145,7 @@ func (a *App) printNAT(n NAT, all int) error {
 		ranges = "no range"
 	}
 	if _, err := fmt.Fprintf(a.Stdout, "Ports:     %d towards each destination (%s)\nRefused:   %s (snat_exhausted)\n\n",
-		n.Ports, ranges, count(int(n.Refused), "flow")); err != nil {
+		n.Ports, ranges, count(int(n.Refused), "packet")); err != nil {
 		return err
 	}
 	var rows [][]string

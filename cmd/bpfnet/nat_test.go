@@ -42,7 +42,7 @@ func TestNATOutput(t *testing.T) {
 		})
 	}
 	w := readable(t)
-	require.Equal(t, "Ports:     0 towards each destination (no range)\nRefused:   0 flows (snat_exhausted)\n\n"+
+	require.Equal(t, "Ports:     0 towards each destination (no range)\nRefused:   0 packets (snat_exhausted)\n\n"+
 		"PROTO   FROM   TO   TAKEN   ROOM   FULL   REFUSAL   MOST BY\n", w.must("nat"))
 	assert.Contains(t, w.fails(statusUsage, "nat", "--limit", "-2"), "--limit -2: want a number of destinations, or 0")
 	assert.Contains(t, w.fails(statusUsage, "nat", "web"), `unexpected argument "web"`)

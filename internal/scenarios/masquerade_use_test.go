@@ -84,7 +84,7 @@ func TestMasqueradeUse(t *testing.T) {
 	assert.Equal(t, refused, got.Refused)
 	assert.Equal(t, 25_000, d.Taken+int(refused), "each has a port, or is refused")
 	text := w.b.MustCLI(t, "nat", "--limit", "1")
-	assert.Contains(t, text, fmt.Sprintf("Ports:     19999 towards each destination (45536-65535)\nRefused:   %d flows (snat_exhausted)\n", refused))
+	assert.Contains(t, text, fmt.Sprintf("Ports:     19999 towards each destination (45536-65535)\nRefused:   %d packets (snat_exhausted)\n", refused))
 	assert.Contains(t, text, "and 2 more")
 	assert.True(t, slices.ContainsFunc(strings.Split(text, "\n"), func(l string) bool {
 		return strings.HasPrefix(l, "udp ") && strings.Contains(l, fmt.Sprintf("%v:7001", lab.Client24)) && strings.Contains(l, "db (")
