@@ -56,6 +56,23 @@ func cannotRead(err error) error {
 	return err
 }
 
+// trouble tells of readings that fail while a command goes on: each error once, until the next reading has another or none.
+type trouble struct {
+	w    io.Writer
+	last string
+}
+
+func (t *trouble) tell(err error) {
+	text := ""
+	if err != nil {
+		text = oneLine(err.Error())
+	}
+	if text != "" && text != t.last {
+		fmt.Fprintf(t.w, "bpfnet: %s; trying again\n", text)
+	}
+	t.last = text
+}
+
 // Volume is an amount of traffic.
 type Volume struct {
 	Packets uint64 `json:"packets"`

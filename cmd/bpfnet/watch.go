@@ -272,7 +272,7 @@ func checkInterval(d time.Duration) error {
 }
 
 // watchStats writes rates until the context ends, which is no error: over the same screen on a terminal, else one block
-// below the other.
+// below the other. Nor is a reading that fails behind the first: a container may be gone for the time of its restart.
 func (a *App) watchStats(ctx context.Context, name string, interval time.Duration, wantJSON bool) error {
 	before, err := a.readStats(name)
 	if err != nil {
@@ -280,21 +280,24 @@ func (a *App) watchStats(ctx context.Context, name string, interval time.Duratio
 	}
 	ticker := time.NewTicker(interval)
 	defer ticker.Stop()
-	for first := true; ; first = false {
+	first, failed := true, trouble{w: a.Stderr}
+	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-ticker.C:
 		}
 		now, err := a.readStats(name)
+		failed.tell(err)
 		if err != nil {
-			return err
+			continue
 		}
 		r := ratesOf(before, now)
 		before = now
 		if err := a.writeRates(&r, first, wantJSON); err != nil {
 			return err
 		}
+		first = false
 	}
 }
 
@@ -343,8 +346,8 @@ func redraw(w io.Writer, text string, columns, lines int, first bool) error {
 	}
 	out.WriteString("\x1b[H")
 	for _, row := range rows {
-		if columns > 0 && len(row) > columns {
-			row = row[:columns]
+		if columns > 0 {
+			row = cut(row, columns)
 		}
 		out.WriteString(row + "\x1b[K\n")
 	}

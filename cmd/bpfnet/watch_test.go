@@ -130,6 +130,9 @@ func TestRedraw(t *testing.T) {
 	}
 	require.Equal(t, "\x1b[2J\x1b[Hone\x1b[K\nlonger tha\x1b[K\nthree\x1b[K\nfour\x1b[K\nfive\x1b[K\n\x1b[J", draw(10, 6, true))
 	require.Equal(t, "\x1b[Hone\x1b[K\nlonger than ten\x1b[K\nand 3 more lines; a taller terminal shows them\x1b[K\n\x1b[J", draw(80, 4, false))
+	text = "größer\n"
+	require.Equal(t, "\x1b[Hgrö\x1b[K\n\x1b[J", draw(3, 6, false), "no name is cut within a letter")
+	require.Equal(t, "\x1b[Hgrößer\x1b[K\n\x1b[J", draw(6, 6, false))
 	require.NotPanics(t, func() { draw(0, 0, false); draw(1, 1, false); draw(1, 2, true) })
 }
 
@@ -157,7 +160,44 @@ func TestWatchBadInput(t *testing.T) {
 	}
 }
 
-// It ends when it is told to, and with the first error.
+// A container that is restarted is missed for a while, which is told once; then rates go on from the last reading.
+func TestWatchGoesOn(t *testing.T) {
+	w := located(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	without := sampleSnapshot()
+	without.Endpoints = without.Endpoints[:1]
+	readings := 0
+	w.OpenCounters = func(string) (counters, error) {
+		readings++
+		w.Now = func() time.Time { return now.Add(time.Duration(readings) * time.Second) }
+		switch readings {
+		case 1, 2: // for the next
+			w.write(without)
+		case 4:
+			return nil, assert.AnError
+		case 5:
+			w.write(sampleSnapshot())
+		case 8:
+			cancel()
+		}
+		return w.counters, nil
+	}
+	require.NoError(t, w.watchStats(ctx, "web", time.Millisecond, true))
+	require.Equal(t, "bpfnet: \"web\": no such network or container; the nearest names are db, backend, bridge; trying again\n"+
+		"bpfnet: "+assert.AnError.Error()+"; trying again\n"+
+		"bpfnet: \"web\": no such network or container; the nearest names are db, backend, bridge; trying again\n", w.errs.String())
+	var seconds []float64
+	for line := range strings.Lines(w.out.String()) {
+		var r Rates
+		require.NoError(t, json.Unmarshal([]byte(line), &r))
+		require.Len(t, r.Containers, 2)
+		seconds = append(seconds, r.Seconds)
+	}
+	require.GreaterOrEqual(t, len(seconds), 3)
+	require.Equal(t, []float64{5, 1, 1}, seconds[:3])
+}
+
+// It ends when it is told to, and with an error of the first reading.
 func TestWatchEnds(t *testing.T) {
 	w := located(t)
 	ctx, cancel := context.WithCancel(t.Context())
