@@ -167,6 +167,9 @@ daemon down, then with the names that it knew.`,
 				}
 			}
 		}
+		if err := checkPort(cmd.Flags(), f.port); err != nil {
+			return err
+		}
 		if f.reason != "" && !slices.Contains(bpfmaps.ReasonNames(), f.reason) {
 			return usagef("--reason %q: no such reason; the nearest are %s", f.reason,
 				strings.Join(netdev.Nearest(f.reason, bpfmaps.ReasonNames()), ", "))

@@ -106,6 +106,7 @@ func TestDropsBadInput(t *testing.T) {
 	}{
 		{[]string{"--reason", "isolatd"}, `--reason "isolatd": no such reason; the nearest are isolated`},
 		{[]string{"--container", "web"}, "--container: drops are counted by reason only; add -f"},
+		{[]string{"-f", "--port", "0"}, "--port 0: want a port from 1 to 65535"},
 		{[]string{"extra"}, `unexpected argument "extra"`},
 	} {
 		status, _, stderr := w.run(append([]string{"drops"}, c.args...)...)

@@ -7,6 +7,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	stdmaps "maps"
@@ -17,6 +18,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/bpfnet/bpfnet/api"
 	"github.com/bpfnet/bpfnet/maps"
@@ -64,22 +66,18 @@ var flowPaths = []string{"fast", "stack"}
 
 // parse refuses values that no flow has.
 func (f *flowFilter) parse() error {
-	protos := slices.Sorted(stdmaps.Values(protoNames))
-	for _, c := range []struct {
-		flag, value string
-		all         []string
-	}{{"--flow-state", f.state, maps.FlowStates()}, {"--path", f.path, flowPaths}, {"--proto", f.proto, protos}} {
-		if _, err := strconv.ParseUint(c.value, 10, 8); c.flag == "--proto" && err == nil {
-			continue
-		}
-		if err := oneOf(c.flag, c.value, c.all); err != nil {
-			return err
-		}
+	if err := cmp.Or(oneOf("--flow-state", f.state, maps.FlowStates()), oneOf("--path", f.path, flowPaths)); err != nil {
+		return err
+	}
+	number, err := strconv.ParseUint(f.proto, 10, 8)
+	if err == nil {
+		f.proto = protoName(uint8(number))
+	} else if err := oneOf("--proto", f.proto, slices.Sorted(stdmaps.Values(protoNames))); err != nil {
+		return err
 	}
 	if f.address == "" {
 		return nil
 	}
-	var err error
 	if f.prefix, err = netip.ParsePrefix(f.address); err != nil {
 		addr, err := netip.ParseAddr(f.address)
 		if err != nil || addr.Zone() != "" {
@@ -195,7 +193,7 @@ It reads the maps and asks no daemon.`,
 	flags.Uint16Var(&f.port, "port", 0, "only flows from or to this port, before translation or behind it")
 	flags.StringVar(&f.address, "address", "", "only flows from or to this `address` or prefix, before translation or behind it")
 	flags.StringVar(&f.state, "flow-state", "", "only flows in this state: "+strings.Join(maps.FlowStates(), ", "))
-	flags.StringVar(&f.path, "path", "", "only flows on this path: "+strings.Join(flowPaths, ", "))
+	flags.StringVar(&f.path, "path", "", "only flows on this path (with -f: opened on it): "+strings.Join(flowPaths, ", "))
 	flags.StringVar(&order, "sort", "", "largest first by `what`: "+strings.Join(orders, ", ")+" (default: as they stand in the table)")
 	flags.StringVar(&by, "by", "", "count flows by `what`: "+strings.Join(groups, ", "))
 	flags.IntVar(&limit, "limit", 0, "show no more than this many; 0: all")
@@ -220,6 +218,12 @@ It reads the maps and asks no daemon.`,
 		if by != "" && order != "" {
 			return usagef("--sort: not with --by, whose largest groups come first")
 		}
+		if err := checkPort(flags, f.port); err != nil {
+			return err
+		}
+		if follow {
+			return a.followFlows(cmd.Context(), f, wantJSON)
+		}
 		snap, c, err := a.openForReading()
 		if err != nil {
 			return err
@@ -228,19 +232,37 @@ It reads the maps and asks no daemon.`,
 		if err := checkNames(snap, f.container, f.network); err != nil {
 			return err
 		}
-		switch {
-		case follow:
-			return a.followFlows(cmd.Context(), snap, c, f, wantJSON)
-		case by != "":
-			return a.groupFlows(snap, c, f, by, limit, wantJSON)
+		if by != "" {
+			return a.groupFlows(cmd.Context(), snap, c, f, by, limit, wantJSON)
 		}
-		return a.listFlows(snap, c, f, order, limit, wantJSON)
+		return a.listFlows(cmd.Context(), snap, c, f, order, limit, wantJSON)
 	}
 	return cmd
 }
 
+// checkPort refuses 0 where it was asked for: it would ask for nothing.
+func checkPort(flags *pflag.FlagSet, port uint16) error {
+	if flags.Changed("port") && port == 0 {
+		return usagef("--port 0: want a port from 1 to 65535")
+	}
+	return nil
+}
+
+// errInterrupted ends a list that is not whole.
+var errInterrupted = errors.New("interrupted")
+
+// eachFlow reads flows until the context ends, which is errInterrupted.
+func eachFlow(ctx context.Context, c counters, each func(*maps.Flow) error) error {
+	return c.EachFlow(func(w *maps.Flow) error {
+		if ctx.Err() != nil {
+			return errInterrupted
+		}
+		return each(w)
+	})
+}
+
 // listFlows writes flows while it reads them, unless they are to be sorted.
-func (a *App) listFlows(snap *api.Snapshot, c counters, f flowFilter, order string, limit int, wantJSON bool) error {
+func (a *App) listFlows(ctx context.Context, snap *api.Snapshot, c counters, f flowFilter, order string, limit int, wantJSON bool) error {
 	names := newFlowNames(snap)
 	out := bufio.NewWriterSize(a.Stdout, 1<<16)
 	var write func(*maps.Flow) error
@@ -269,7 +291,7 @@ func (a *App) listFlows(snap *api.Snapshot, c counters, f flowFilter, order stri
 			sorted = sorted[:limit]
 		}
 	}
-	err := c.EachFlow(func(w *maps.Flow) error {
+	err := eachFlow(ctx, c, func(w *maps.Flow) error {
 		if !f.wants(w, names) {
 			return nil
 		}
@@ -295,6 +317,9 @@ func (a *App) listFlows(snap *api.Snapshot, c counters, f flowFilter, order stri
 	if size != nil {
 		first()
 		for i := range sorted {
+			if ctx.Err() != nil {
+				return errInterrupted
+			}
 			if err := write(&sorted[i]); err != nil {
 				return err
 			}
@@ -306,11 +331,11 @@ func (a *App) listFlows(snap *api.Snapshot, c counters, f flowFilter, order stri
 	return out.Flush()
 }
 
-func (a *App) groupFlows(snap *api.Snapshot, c counters, f flowFilter, by string, limit int, wantJSON bool) error {
+func (a *App) groupFlows(ctx context.Context, snap *api.Snapshot, c counters, f flowFilter, by string, limit int, wantJSON bool) error {
 	names := newFlowNames(snap)
 	groups := make(map[string]*FlowGroup)
 	key, all := flowGroups[by], 0
-	err := c.EachFlow(func(w *maps.Flow) error {
+	err := eachFlow(ctx, c, func(w *maps.Flow) error {
 		if !f.wants(w, names) {
 			return nil
 		}
@@ -332,8 +357,9 @@ func (a *App) groupFlows(snap *api.Snapshot, c counters, f flowFilter, by string
 	list := slices.SortedFunc(stdmaps.Values(groups), func(a, b *FlowGroup) int {
 		return cmp.Or(cmp.Compare(b.Flows, a.Flows), cmp.Compare(a.Name, b.Name))
 	})
+	found := len(list)
 	if limit > 0 {
-		list = list[:min(limit, len(list))]
+		list = list[:min(limit, found)]
 	}
 	var rows [][]string
 	for _, g := range list {
@@ -343,7 +369,13 @@ func (a *App) groupFlows(snap *api.Snapshot, c counters, f flowFilter, by string
 	if wantJSON {
 		return writeJSON(a.Stdout, notNil(list))
 	}
-	return listing(a.Stdout, []string{strings.ToUpper(by), "FLOWS", "SHARE", "PACKETS", "BYTES"}, rows)
+	if err := listing(a.Stdout, []string{strings.ToUpper(by), "FLOWS", "SHARE", "PACKETS", "BYTES"}, rows); err != nil {
+		return err
+	}
+	if rest := found - len(list); rest > 0 {
+		_, err = fmt.Fprintf(a.Stdout, "and %d more\n", rest)
+	}
+	return err
 }
 
 // flowID is what tells two flows apart.
@@ -357,28 +389,32 @@ type flowID struct {
 type knownFlow struct {
 	maps.Flow
 	round int
+	told  bool // it was opened on the path that is asked for
 }
 
-// followFlows writes what has changed between two looks at the table, until the context ends, which is no error.
-func (a *App) followFlows(ctx context.Context, snap *api.Snapshot, c counters, f flowFilter, wantJSON bool) error {
+// followFlows writes what has changed between two looks at the table, until the context ends, which is no error. Nor is a look
+// that fails behind the first.
+func (a *App) followFlows(ctx context.Context, f flowFilter, wantJSON bool) error {
+	snap, err := a.readSnapshot()
+	if err != nil {
+		return err
+	}
+	if err := checkNames(snap, f.container, f.network); err != nil {
+		return err
+	}
 	write := func(l FlowLine) error { return printFlowEvent(a.Stdout, l) }
 	if wantJSON {
 		write = func(l FlowLine) error { return json.NewEncoder(a.Stdout).Encode(l) }
 	}
 	names := newFlowNames(snap)
 	known := make(map[flowID]knownFlow)
+	failed := trouble{w: a.Stderr}
 	for round := 1; ; round++ {
 		begun := time.Now()
-		lines, err := a.changedFlows(c, f, names, known, round)
-		if err != nil {
-			return err
-		}
-		if round == 1 {
-			lines = nil
-			if !wantJSON {
-				if _, err := fmt.Fprintf(a.Stdout, flowEventFormat, "TIME", "EVENT", "PROTO", "NETWORK", "FROM > TO"); err != nil {
-					return err
-				}
+		lines, err := a.lookAtFlows(ctx, f, names, known, round)
+		if round == 1 && err == nil && !wantJSON {
+			if _, err := fmt.Fprintf(a.Stdout, flowEventFormat, "TIME", "EVENT", "PROTO", "NETWORK", "FROM > TO"); err != nil {
+				return err
 			}
 		}
 		for _, l := range lines {
@@ -386,6 +422,13 @@ func (a *App) followFlows(ctx context.Context, snap *api.Snapshot, c counters, f
 				return err
 			}
 		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		if round == 1 && err != nil {
+			return err
+		}
+		failed.tell(err)
 		select {
 		case <-ctx.Done():
 			return nil
@@ -399,46 +442,65 @@ func (a *App) followFlows(ctx context.Context, snap *api.Snapshot, c counters, f
 	}
 }
 
-// changedFlows brings known up to date, and returns what has come and gone, in the order of time.
-func (a *App) changedFlows(c counters, f flowFilter, names *flowNames, known map[flowID]knownFlow, round int) ([]FlowLine, error) {
+// lookAtFlows is changedFlows of the table that is pinned now: another daemon may have put one of another size in its place,
+// and cleanup may have taken it away.
+func (a *App) lookAtFlows(ctx context.Context, f flowFilter, names *flowNames, known map[flowID]knownFlow, round int) ([]FlowLine, error) {
+	c, err := a.OpenCounters(a.paths.BPFFS)
+	if err != nil {
+		return nil, cannotRead(err)
+	}
+	defer c.Close()
+	return a.changedFlows(ctx, c, f, names, known, round)
+}
+
+// changedFlows brings known up to date, and returns what has come and gone, in the order of time: nothing in the first round,
+// of which all is new. With an error, it returns what was seen until then; the rest is told the next time.
+func (a *App) changedFlows(ctx context.Context, c counters, f flowFilter, names *flowNames, known map[flowID]knownFlow, round int) ([]FlowLine, error) {
 	var lines []FlowLine
 	now := a.Now()
-	add := func(event string, at time.Time, w *maps.Flow) {
-		l := names.line(w)
+	add := func(event string, at time.Time, k *knownFlow) {
+		if !k.told || round == 1 {
+			return
+		}
+		l := names.line(&k.Flow)
 		l.Event, l.Time = event, at
 		lines = append(lines, l)
 	}
 	over := func(w *maps.Flow) bool { return w.State == maps.FlowClosed || w.State == maps.FlowReset }
-	err := c.EachFlow(func(w *maps.Flow) error {
+	// A flow that changes its path has neither come nor gone.
+	path := f.path
+	f.path = ""
+	err := eachFlow(ctx, c, func(w *maps.Flow) error {
 		if !f.wants(w, names) {
 			return nil
 		}
 		id := flowID{w.Proto, w.Hook, w.From, w.To}
 		before, ok := known[id]
+		k := knownFlow{*w, round, before.told}
 		fresh := !ok || w.Age < before.Age // a younger one has taken its place
 		if fresh {
-			add("opened", now.Add(-w.Age), w)
+			k.told = path == "" || flowPath(w) == path
+			add("opened", now.Add(-w.Age), &k)
 		}
 		if over(w) && (fresh || !over(&before.Flow)) {
-			add("closed", now.Add(-w.Idle), w)
+			add("closed", now.Add(-w.Idle), &k)
 		}
-		known[id] = knownFlow{*w, round}
+		known[id] = k
 		return nil
 	})
-	if err != nil {
-		return nil, err
-	}
-	for id, k := range known {
-		if k.round == round {
-			continue
+	if err == nil {
+		for id, k := range known {
+			if k.round == round {
+				continue
+			}
+			if !over(&k.Flow) {
+				add("expired", now, &k)
+			}
+			delete(known, id)
 		}
-		if !over(&k.Flow) {
-			add("expired", now, &k.Flow)
-		}
-		delete(known, id)
 	}
 	slices.SortStableFunc(lines, func(a, b FlowLine) int { return a.Time.Compare(b.Time) })
-	return lines, nil
+	return lines, err
 }
 
 const flowEventFormat = "%-8s  %-8s %-6s %-12s %s\n"

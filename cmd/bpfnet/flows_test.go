@@ -4,12 +4,14 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"fmt"
 	"net/netip"
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/assert"
@@ -82,6 +84,9 @@ func TestFlowsFilters(t *testing.T) {
 		{[]string{"--proto", "tcp"}, "01"},
 		{[]string{"--proto", "icmp6"}, "3"},
 		{[]string{"--proto", "89"}, ""},
+		{[]string{"--proto", "6"}, "01"},
+		{[]string{"--proto", "17"}, "2"},
+		{[]string{"--proto", "58"}, "3"},
 		{[]string{"--port", "80"}, "0"},
 		{[]string{"--port", "8080"}, "0"},
 		{[]string{"--port", "1031"}, "2"},
@@ -126,6 +131,7 @@ func TestFlowsBadInput(t *testing.T) {
 		{statusUsage, []string{"--proto", "256"}, `--proto "256": want one of`},
 		{statusUsage, []string{"--flow-state", "open"}, `--flow-state "open": want one of opening, established,`},
 		{statusUsage, []string{"--path", "slow"}, `--path "slow": want one of fast, stack`},
+		{statusUsage, []string{"--port", "0"}, `--port 0: want a port from 1 to 65535`},
 		{statusUsage, []string{"--address", "10.0.0"}, `--address "10.0.0": want an address or a prefix`},
 		{statusUsage, []string{"--sort", "size"}, `--sort "size": want one of age, bytes, idle, packets`},
 		{statusUsage, []string{"--by", "name"}, `--by "name": want one of container,`},
@@ -139,15 +145,96 @@ func TestFlowsBadInput(t *testing.T) {
 	}
 }
 
+func TestFlowGroupsLeftOut(t *testing.T) {
+	lines := strings.Split(strings.TrimSpace(withFlows(t).must("flows", "--by", "proto", "--limit", "1")), "\n")
+	require.Len(t, lines, 3)
+	require.Regexp(t, "^tcp +2 ", lines[1])
+	require.Equal(t, "and 2 more", lines[2])
+	require.NotContains(t, withFlows(t).must("flows", "--by", "proto", "--limit", "3"), "more")
+	require.NotContains(t, withFlows(t).must("flows", "--by", "proto", "--limit", "1", "-o", "json"), "more")
+}
+
+// A list that somebody interrupts ends, and is no success.
+func TestFlowsInterrupted(t *testing.T) {
+	for _, args := range [][]string{{"flows"}, {"flows", "--sort", "age", "-o", "json"}, {"flows", "--by", "state"}} {
+		w := withFlows(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		w.OpenCounters = func(string) (counters, error) { cancel(); return w.counters, nil }
+		require.Equal(t, statusError, w.Run(ctx, append(w.flags(), args...)), args)
+		require.Equal(t, "bpfnet: flows: interrupted\n", w.errs.String(), args)
+		require.Empty(t, w.out.String(), args)
+	}
+}
+
+// counted are counters that tell when they are closed.
+type counted struct {
+	fakeCounters
+	open *int
+}
+
+func (c counted) Close() { *c.open-- }
+
+// Who follows looks at the table that is there at the time, and goes on where there is none.
+func TestFollowFlows(t *testing.T) {
+	defer func(before *time.Location) { time.Local = before }(time.Local)
+	time.Local = time.UTC
+	synctest.Test(t, func(t *testing.T) {
+		w := located(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		all, gone := sampleFlows(), fmt.Errorf("open maps: %w", maps.ErrNotLoaded)
+		rounds := []struct {
+			flows    []maps.Flow
+			open, in error
+		}{
+			{flows: all[:1]}, {open: gone}, {open: gone},
+			{flows: all[:2], in: assert.AnError}, // behind these two
+			{flows: all[1:3]},
+			{open: gone},
+		}
+		round, open := 0, 0
+		w.OpenCounters = func(bpffs string) (counters, error) {
+			require.Equal(t, w.bpffs(), bpffs)
+			require.Zero(t, open, "no earlier table is held")
+			r := rounds[round]
+			if round++; round == len(rounds) {
+				cancel()
+			}
+			if r.open != nil {
+				return nil, r.open
+			}
+			open++
+			return counted{fakeCounters{flows: r.flows, err: r.in}, &open}, nil
+		}
+		require.NoError(t, w.followFlows(ctx, flowFilter{}, false))
+		require.Zero(t, open)
+		var told []string
+		for line := range strings.Lines(w.out.String()) {
+			told = append(told, strings.Join(strings.Fields(line)[1:5], " "))
+		}
+		require.Equal(t, []string{
+			"EVENT PROTO NETWORK FROM",
+			"opened tcp backend 172.19.0.3:50000", "closed tcp backend 172.19.0.3:50000", // of half a look
+			"opened udp bridge 172.17.0.2:50001", "expired tcp bridge 203.0.113.9:40000",
+		}, told)
+		require.Equal(t, "bpfnet: open maps: nothing is loaded; start the daemon with \"bpfnet daemon\", or name its pins with --bpffs; trying again\n"+
+			"bpfnet: "+assert.AnError.Error()+"; trying again\n", w.errs.String(), "each trouble is told once, and an interrupt is none")
+	})
+	w := withFlows(t)
+	w.openErr = maps.ErrNotLoaded
+	require.Contains(t, w.fails(statusError, "flows", "-f"), "nothing is loaded", "the first look is to succeed")
+	require.Contains(t, w.fails(statusError, "flows", "-f", "--container", "we"), `container "we": no such container`)
+}
+
 // What has come, closed and gone between two looks is told once, in the order of time.
 func TestChangedFlows(t *testing.T) {
 	w := withFlows(t)
 	names, known := newFlowNames(sampleSnapshot()), make(map[flowID]knownFlow)
 	round := 0
+	var filter flowFilter
 	look := func(flows ...maps.Flow) (got []string) {
 		t.Helper()
 		round++
-		lines, err := w.App.changedFlows(fakeCounters{flows: flows}, flowFilter{}, names, known, round)
+		lines, err := w.App.changedFlows(t.Context(), fakeCounters{flows: flows}, filter, names, known, round)
 		require.NoError(t, err)
 		for _, l := range lines {
 			got = append(got, fmt.Sprintf("%s %s %s", l.Event, l.From.String(), l.Time.Sub(now)))
@@ -156,6 +243,9 @@ func TestChangedFlows(t *testing.T) {
 	}
 	all := sampleFlows()
 	a, b := all[0], all[2]
+	require.Empty(t, look(all[1], all[3]), "all is new at first")
+	require.Len(t, known, 2)
+	require.Equal(t, []string{"expired [fd00::3]:77 (web) 0s"}, look())
 	require.Equal(t, []string{"opened 203.0.113.9:40000 -1m30s", "opened 172.17.0.2:50001 (web) -5s"}, look(a, b))
 	require.Empty(t, look(b, a))
 	closed := a
@@ -170,6 +260,15 @@ func TestChangedFlows(t *testing.T) {
 	require.Equal(t, []string{"opened 172.19.0.3:50000 (web) -3h0m0s", "closed 172.19.0.3:50000 (web) -40s"}, look(again, brief))
 	require.Equal(t, []string{"expired 203.0.113.9:40000 0s"}, look(), "what had closed goes unsaid")
 	require.Empty(t, known)
+
+	// A flow is of the path that it was opened on.
+	filter.path = "fast"
+	other := b
+	other.Fast = false
+	require.Equal(t, []string{"opened 203.0.113.9:40000 -1m30s"}, look(a, other))
+	a.Fast, other.Fast = false, true
+	require.Empty(t, look(a, other))
+	require.Equal(t, []string{"expired 203.0.113.9:40000 0s"}, look())
 }
 
 func TestPrintFlowEvent(t *testing.T) {

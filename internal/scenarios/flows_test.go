@@ -198,7 +198,8 @@ func TestFlows(t *testing.T) {
 	})
 }
 
-// Who follows sees flows as they come, close and go, by name, also those of a container that is gone.
+// Who follows sees flows as they come, close and go, by name, also those of a container that is gone, and in the tables that
+// a daemon puts in the place of others.
 func TestFlowsFollow(t *testing.T) {
 	w := newOwnSite(t)
 	w.sandbox(t, "web", "blue")
@@ -256,10 +257,15 @@ func TestFlowsFollow(t *testing.T) {
 		return len(lines) == 3 && strings.Contains(lines[1], "  opened ") && strings.Contains(lines[2], "  closed ")
 	})
 
+	w.b.Stop(t)
+	w.b.Use(w.b.Binary(), "--flows", "16384")
+	w.b.Start(t)
+	require.Contains(t, w.b.Log(), "flow tables carried over to another shape or size")
 	udp := openUDP(t, peer, parseAddrPort(t, at(to, 80)))
 	require.NoError(t, udp.send([]byte("hello")))
 	port = udp.local(t).Port()
 	lab.Eventually(t, 10*time.Second, "it was opened", func() bool { return told("opened", port) != nil })
+	assert.Nil(t, told("expired", portOf(before.LocalAddr())), "it was carried over")
 	w.b.MustCLI(t, "rm", "--force", "web")
 	lab.Eventually(t, 10*time.Second, "it went with its container", func() bool { return told("expired", port) != nil })
 	assert.Equal(t, "web", told("expired", port).To.Container)
