@@ -23,7 +23,7 @@ func documented(t *testing.T) map[string]string {
 	t.Helper()
 	text := read(t, root+"/docs/operations.md")
 	_, text, _ = strings.Cut(text, "\n## Troubleshooting\n")
-	text, _, _ = strings.Cut(text, "\n## ")
+	text, _, _ = strings.Cut(text, "\n##") // the next section, or one below this
 	out := make(map[string]string)
 	for _, m := range regexp.MustCompile("(?m)^\\|[^|]*\\| `([^`]+)`[^|]* \\| `([^`]+)`[^|]*\\|").FindAllStringSubmatch(text, -1) {
 		out[m[1]] = m[2]
@@ -32,16 +32,16 @@ func documented(t *testing.T) map[string]string {
 	return out
 }
 
-var (
-	numbers = regexp.MustCompile(`\d+`)
-	blanks  = regexp.MustCompile(` +`)
-)
+var blanks = regexp.MustCompile(` +`)
 
-// shape is a text without its numbers, and with one blank where there are several.
-func shape(s string) string { return blanks.ReplaceAllString(numbers.ReplaceAllString(s, "N"), " ") }
+// prints says whether a text has some words in it, whole ones, with as many blanks between them as may be. Counts are part
+// of them.
+func prints(text, words string) bool {
+	return regexp.MustCompile(`(?m)(^|\s)` + regexp.QuoteMeta(words) + `(\s|,|$)`).MatchString(blanks.ReplaceAllString(text, " "))
+}
 
 // Needs root. Each fault of the troubleshooting table is made by a user's means, and the command that the table names prints what
-// the table says.
+// the table says, to the last number, and had not printed it before.
 func TestTroubleshooting(t *testing.T) {
 	l := lab.New(t, lab.Opts{})
 	h := &host{Lab: l}
@@ -57,7 +57,8 @@ func TestTroubleshooting(t *testing.T) {
 		require.Error(t, err)
 	}
 	config := filepath.Join(l.Dir, "config.yaml")
-	require.NoError(t, os.WriteFile(config, []byte("uplink: [eth0]\nmetrics-lisen: 127.0.0.1:9633\n"), 0o600))
+	write := func(text string) { require.NoError(t, os.WriteFile(config, []byte(text), 0o600)) }
+	write("uplink: [eth0]\n")
 	faults := []struct {
 		command string
 		make    func()
@@ -68,7 +69,7 @@ func TestTroubleshooting(t *testing.T) {
 			h.b.MustCLI(t, "deny", "add", lab.Client4.String())
 			unanswered(l.Client, "tcp", lab.Host4.String()+":8080")
 		}},
-		{"bpfnet config check", func() {}},
+		{"bpfnet config check", func() { write("uplink: [eth0]\nmetrics-lisen: 127.0.0.1:9633\n") }},
 		{"bpfnet doctor", func() { l.Host.Sysctl(t, "net.ipv4.ip_forward", "0") }},
 		{"bpfnet status", func() { h.b.Kill() }},
 	}
@@ -76,7 +77,6 @@ func TestTroubleshooting(t *testing.T) {
 	for _, f := range faults {
 		t.Run(f.command, func(t *testing.T) {
 			require.Contains(t, want, f.command, "the table does not tell of it")
-			f.make()
 			args := strings.Fields(f.command)[1:]
 			if f.command == "bpfnet config check" {
 				args = append([]string{"--config", config}, args...)
@@ -87,7 +87,7 @@ func TestTroubleshooting(t *testing.T) {
 					t.Logf("%s", out)
 				}
 			}()
-			lab.Eventually(t, 10*time.Second, want[f.command], func() bool {
+			printed := func() bool {
 				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 				defer cancel()
 				raw, err := h.b.Command(ctx, args...).CombinedOutput()
@@ -95,8 +95,11 @@ func TestTroubleshooting(t *testing.T) {
 					require.ErrorAs(t, err, &exit)
 				}
 				out = strings.ReplaceAll(string(raw), config, "/etc/bpfnet/config.yaml")
-				return strings.Contains(shape(out), shape(want[f.command]))
-			})
+				return prints(out, want[f.command])
+			}
+			require.False(t, printed(), "before anything is wrong")
+			f.make()
+			lab.Eventually(t, 10*time.Second, want[f.command], printed)
 		})
 	}
 	assert.Len(t, want, len(faults), "a row that nobody has tried")
