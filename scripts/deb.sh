@@ -14,7 +14,8 @@ SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || 
 export SOURCE_DATE_EPOCH
 
 case $1 in
-v[0-9]* | [0-9]*.*) version=$(printf %s "${1#v}" | tr - +) ;;
+# What is on the way to a release goes before it, and what follows a tag behind it.
+v[0-9]* | [0-9]*.*) version=$(printf %s "${1#v}" | sed -E 's/-(alpha|beta|pre|rc)/~\1/; s/-/+/g') ;;
 *) version=0~$(date -u -d "@$SOURCE_DATE_EPOCH" +%Y%m%d%H%M%S).$(printf %s "$1" | tr - +) ;;
 esac
 arch=$(go env GOARCH)
@@ -35,6 +36,8 @@ echo /etc/bpfnet/config.yaml >"$root/DEBIAN/conffiles"
 size=$(find "$root" -path "$root/DEBIAN" -prune -o -type f -printf '%s\n' | awk '{ n += int(($1 + 1023) / 1024) } END { print n }')
 sed -e "s/@VERSION@/$version/" -e "s/@ARCH@/$arch/" -e "s/@SIZE@/$size/" packaging/deb/control.in >"$root/DEBIAN/control"
 chmod 644 "$root/DEBIAN/conffiles" "$root/DEBIAN/md5sums" "$root/DEBIAN/control"
+# One at a time: $BIN/bpfnet_*.deb is what the documents have installed.
+rm -f "$BIN"/bpfnet_*_"$arch".deb
 
 deb=$BIN/bpfnet_${version}_$arch.deb
 DPKG_DEB_THREADS_MAX=1 dpkg-deb --root-owner-group --build "$root" "$deb" >/dev/null

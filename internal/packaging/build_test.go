@@ -117,6 +117,15 @@ func reproducible(t *testing.T, dir, deb string) {
 	script(t, other, "deb.sh", version, "SOURCE_DATE_EPOCH=1700000001")
 	assert.NotEqual(t, was, sum(t, same))
 
+	// A candidate's version goes before that of the release, and its package takes the place of others, so that
+	// bin/bpfnet_*.deb names one.
+	script(t, other, "deb.sh", "v2.0.0-rc1-5-gabc", settings...)
+	made, err := filepath.Glob(filepath.Join(other, "bin/bpfnet_*.deb"))
+	require.NoError(t, err)
+	assert.Equal(t, []string{filepath.Join(other, "bin/bpfnet_2.0.0~rc1+5+gabc_"+goarch(t)+".deb")}, made)
+	for _, order := range [][2]string{{"2.0.0~rc1", "2.0.0~rc1+5+gabc"}, {"2.0.0~rc1+5+gabc", "2.0.0"}} {
+		assert.NoError(t, exec.Command("dpkg", "--compare-versions", order[0], "lt", order[1]).Run(), "%v", order)
+	}
 	f, err := elf.Open(binary)
 	require.NoError(t, err)
 	defer f.Close()
