@@ -13,8 +13,7 @@ GENERATED := $(wildcard bpf/*_bpfel.go bpf/*_bpfel.o docs/generated/* packaging/
 # Where build and deb put what they make, and install what is installed. DESTDIR is for who makes packages.
 BIN ?= bin
 PREFIX ?= /usr/local
-SYSCONFDIR ?= /etc
-export BIN PREFIX SYSCONFDIR DESTDIR
+export BIN PREFIX DESTDIR
 
 # Packages share the machine's network, cgroups and ports: one after another.
 GO_TEST := go test -json -p 1 -count=1
@@ -34,11 +33,11 @@ build: ## make bin/bpfnet, a static binary that is the same wherever it is built
 	go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o $(BIN)/bpfnet ./cmd/bpfnet
 
 .PHONY: install
-install: build ## build, and install for this host below PREFIX=/usr/local: binary, unit, config, man pages, completions (root)
+install: build ## build, and install for this host below PREFIX=/usr/local: binary, unit, man pages, completions (root)
 	@scripts/install.sh install
 
 .PHONY: uninstall
-uninstall: ## take away what install has put there, but no config that was edited (root)
+uninstall: ## take away what install has put there (root)
 	@scripts/install.sh uninstall
 
 .PHONY: deb

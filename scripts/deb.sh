@@ -25,20 +25,19 @@ esac
 
 root=$BIN/deb
 rm -rf "$root"
-DESTDIR=$root PREFIX=/usr SYSCONFDIR=/etc ZSHDIR=vendor-completions scripts/install.sh install
+DESTDIR=$root PREFIX=/usr ZSHDIR=vendor-completions scripts/install.sh install
 gzip -9n "$root"/usr/share/man/man8/*.8 "$root/usr/share/doc/bpfnet/changelog"
 
 mkdir "$root/DEBIAN"
 install -m 755 packaging/deb/postinst packaging/deb/prerm packaging/deb/postrm "$root/DEBIAN"
-echo /etc/bpfnet/config.yaml >"$root/DEBIAN/conffiles"
 (cd "$root" && find . -path ./DEBIAN -prune -o -type f -printf '%P\n' | LC_ALL=C sort | xargs md5sum) >"$root/DEBIAN/md5sums"
 # In units of 1024 bytes, each file rounded up: deb-substvars(5).
 size=$(find "$root" -path "$root/DEBIAN" -prune -o -type f -printf '%s\n' | awk '{ n += int(($1 + 1023) / 1024) } END { print n }')
 sed -e "s/@VERSION@/$version/" -e "s/@ARCH@/$arch/" -e "s/@SIZE@/$size/" packaging/deb/control.in >"$root/DEBIAN/control"
-chmod 644 "$root/DEBIAN/conffiles" "$root/DEBIAN/md5sums" "$root/DEBIAN/control"
+chmod 644 "$root/DEBIAN/md5sums" "$root/DEBIAN/control"
+
 # One at a time: $BIN/bpfnet_*.deb is what the documents have installed.
 rm -f "$BIN"/bpfnet_*_"$arch".deb
-
 deb=$BIN/bpfnet_${version}_$arch.deb
 DPKG_DEB_THREADS_MAX=1 dpkg-deb --root-owner-group --build "$root" "$deb" >/dev/null
 rm -rf "$root"

@@ -3,22 +3,22 @@
 #
 # install.sh install|uninstall: for "make install" and "make uninstall". Reads from the environment:
 #
-#   BIN         where "make build" has put the binary
-#   PREFIX      what the files are below, /usr/local say
-#   SYSCONFDIR  what the configuration is below; bpfnet itself looks for it below /etc
-#   DESTDIR     goes before all of them; empty: this host
-#   ZSHDIR      where zsh looks below share/zsh (default: site-functions)
+#   BIN      where "make build" has put the binary
+#   PREFIX   what the files are below, /usr/local say
+#   DESTDIR  goes before that; empty: this host
+#   ZSHDIR   where zsh looks below share/zsh (default: site-functions)
 set -eu
 umask 022
 
 cd "$(dirname "$0")/.."
 dest=${DESTDIR:-}
-config=$dest$SYSCONFDIR/bpfnet/config.yaml
+config=$dest/etc/bpfnet/config.yaml
 
-# each VERB: call VERB MODE SOURCE DESTINATION for every file but the configuration.
+# each VERB: call VERB MODE SOURCE DESTINATION for every file.
 each() {
 	$1 755 "$BIN/bpfnet" "$PREFIX/bin/bpfnet"
 	$1 644 packaging/bpfnet.service "$PREFIX/lib/systemd/system/bpfnet.service"
+	$1 644 packaging/config.yaml "$PREFIX/share/bpfnet/config.yaml"
 	$1 644 packaging/docker.service.d/bpfnet.conf "$PREFIX/share/bpfnet/docker.service.d/bpfnet.conf"
 	$1 644 packaging/grafana/bpfnet-dashboard.json "$PREFIX/share/bpfnet/grafana/bpfnet-dashboard.json"
 	$1 644 packaging/grafana/bpfnet-alerts.yaml "$PREFIX/share/bpfnet/grafana/bpfnet-alerts.yaml"
@@ -47,20 +47,16 @@ install)
 	sed -i "s|/usr/bin/bpfnet|$PREFIX/bin/bpfnet|" "$dest$PREFIX/lib/systemd/system/bpfnet.service"
 	install -d "$dest$PREFIX/libexec/bpfnet"
 	ln -sfn ../../bin/bpfnet "$dest$PREFIX/libexec/bpfnet/docker-proxy"
-	[ -e "$config" ] || install -D -m 644 packaging/config.yaml "$config"
 	[ -n "$dest" ] || echo 'installed and not started: systemctl daemon-reload && systemctl enable --now bpfnet'
 	;;
 uninstall)
 	each take
 	rm -f "$dest$PREFIX/libexec/bpfnet/docker-proxy"
-	if cmp -s packaging/config.yaml "$config"; then
-		rm -f "$config"
-	fi
-	for dir in "$SYSCONFDIR/bpfnet" "$PREFIX/libexec/bpfnet" "$PREFIX/share/doc/bpfnet" \
+	for dir in "$PREFIX/libexec/bpfnet" "$PREFIX/share/doc/bpfnet" \
 		"$PREFIX/share/bpfnet/docker.service.d" "$PREFIX/share/bpfnet/grafana" "$PREFIX/share/bpfnet"; do
 		[ ! -d "$dest$dir" ] || rmdir --ignore-fail-on-non-empty "$dest$dir"
 	done
-	[ ! -e "$config" ] || echo "left: $config, which is not as it was installed"
+	[ ! -e "$config" ] || echo "left: $config, which is yours"
 	;;
 *)
 	echo 'usage: install.sh install|uninstall' >&2

@@ -152,7 +152,8 @@ The command line is wrong. Nothing was looked at or changed.
 			"BPFNET_SOCKET=/run/other.sock. A flag on the command line is stronger, the configuration file weaker."))
 		section("FILES")
 		for _, f := range [][2]string{
-			{defaultConfig, "the configuration; every key stands there with its default"},
+			{defaultConfig, "the configuration, if you have made one"},
+			{"/usr/share/bpfnet/config.yaml", "every key with its default, to copy from; after make install, in /usr/local/share/bpfnet"},
 			{defaultState, "what outlives the daemon"},
 			{defaultSocket, "requests to the daemon"},
 			{root.PersistentFlags().Lookup("bpffs").DefValue, "the pinned programs, links and maps"},
@@ -323,11 +324,12 @@ func needTool(t *testing.T, name string) string {
 	return path
 }
 
-// TestReferenceConfigFile writes the configuration that is installed: each key with what it is for and its default, all
-// of them commented out.
+// TestReferenceConfigFile writes the configuration that operators copy from: each key with what it is for and its default,
+// all of them commented out.
 func TestReferenceConfigFile(t *testing.T) {
 	var b strings.Builder
-	b.WriteString(`# Configuration of bpfnet. Each key stands here with its default; take the # before it away to change it.
+	b.WriteString(`# Each key of bpfnet's configuration with its default. What you change counts in /etc/bpfnet/config.yaml: copy this file
+# there, or the lines in question, and take the # before them away.
 #
 # "bpfnet config check" says what is wrong, "bpfnet config show" what counts and where it comes from. With
 # "systemctl reload bpfnet" the daemon reads the file again; keys marked (restart) wait for its next start.
@@ -372,7 +374,7 @@ func wrapped(text string, width int) []string {
 	return append(lines, line)
 }
 
-// The installed configuration changes nothing, and its defaults, taken in, are those of the flags.
+// As it is, the file changes nothing, and its defaults, taken in, are those of the flags.
 func TestConfigFile(t *testing.T) {
 	path := filepath.Join(packaging, "config.yaml")
 	raw, err := os.ReadFile(path)

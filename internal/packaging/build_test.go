@@ -116,7 +116,6 @@ func reproducible(t *testing.T, dir, deb string) {
 	// Times are in it: another one is another package. Make would link once more.
 	script(t, other, "deb.sh", version, "SOURCE_DATE_EPOCH=1700000001")
 	assert.NotEqual(t, was, sum(t, same))
-
 	// A candidate's version goes before that of the release, and its package takes the place of others, so that
 	// bin/bpfnet_*.deb names one.
 	script(t, other, "deb.sh", "v2.0.0-rc1-5-gabc", settings...)
@@ -126,6 +125,7 @@ func reproducible(t *testing.T, dir, deb string) {
 	for _, order := range [][2]string{{"2.0.0~rc1", "2.0.0~rc1+5+gabc"}, {"2.0.0~rc1+5+gabc", "2.0.0"}} {
 		assert.NoError(t, exec.Command("dpkg", "--compare-versions", order[0], "lt", order[1]).Run(), "%v", order)
 	}
+
 	f, err := elf.Open(binary)
 	require.NoError(t, err)
 	defer f.Close()
@@ -160,8 +160,7 @@ func files(t *testing.T, dir string) map[string]fs.FileMode {
 	return out
 }
 
-// Install puts everything in its place, with a unit that starts the binary that was installed; a second time it leaves an
-// edited configuration alone. Uninstall leaves nothing but that.
+// Install puts everything in its place, with a unit that starts the binary that was installed. It makes no configuration; one that is there stays, and is all that uninstall leaves.
 func install(t *testing.T, dir string) {
 	dest := t.TempDir()
 	settings := []string{"VERSION=" + version, "DESTDIR=" + dest, "PREFIX=/opt/net"}
@@ -179,11 +178,11 @@ func install(t *testing.T, dir string) {
 		"/opt/net/share/fish/vendor_completions.d/bpfnet.fish": 0o644,
 		"/opt/net/share/man/man8/bpfnet.8":                     0o644,
 		"/opt/net/share/man/man8/bpfnet-network-create.8":      0o644,
+		"/opt/net/share/bpfnet/config.yaml":                    0o644,
 		"/opt/net/share/bpfnet/docker.service.d/bpfnet.conf":   0o644,
 		"/opt/net/share/bpfnet/grafana/bpfnet-alerts.yaml":     0o644,
 		"/opt/net/share/bpfnet/grafana/bpfnet-dashboard.json":  0o644,
 		"/opt/net/share/doc/bpfnet/copyright":                  0o644,
-		"/etc/bpfnet/config.yaml":                              0o644,
 	} {
 		assert.Equal(t, mode, have[path], path)
 	}
@@ -195,13 +194,13 @@ func install(t *testing.T, dir string) {
 	to, err := filepath.EvalSymlinks(filepath.Join(dest, "opt/net/libexec/bpfnet/docker-proxy"))
 	require.NoError(t, err)
 	assert.Equal(t, binary, to)
-	config := filepath.Join(dest, "etc/bpfnet/config.yaml")
-	out, err = exec.Command(binary, "--config", config, "config", "check").CombinedOutput()
+	out, err = exec.Command(binary, "--config", filepath.Join(dest, "opt/net/share/bpfnet/config.yaml"), "config", "check").CombinedOutput()
 	require.NoError(t, err, "%s", out)
+	assert.NoDirExists(t, filepath.Join(dest, "etc"))
 
 	again := func() { // make would link once more
 		t.Helper()
-		script(t, dir, "install.sh", "install", append(settings, "SYSCONFDIR=/etc")...)
+		script(t, dir, "install.sh", "install", settings...)
 	}
 	again()
 	assert.Equal(t, have, files(t, dest))
@@ -210,6 +209,8 @@ func install(t *testing.T, dir string) {
 
 	again()
 	const edited = "log-level: debug\n"
+	config := filepath.Join(dest, "etc/bpfnet/config.yaml")
+	require.NoError(t, os.MkdirAll(filepath.Dir(config), 0o755))
 	require.NoError(t, os.WriteFile(config, []byte(edited), 0o600))
 	again()
 	assert.Equal(t, edited, read(t, config))
