@@ -32,8 +32,13 @@ build: ## make bin/bpfnet, a static binary that is the same wherever it is built
 	@scripts/deps.sh build
 	go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o $(BIN)/bpfnet ./cmd/bpfnet
 
+# What the binary has of others wants their licences with it where it is handed out.
+.PHONY: notices
+notices: build
+	@scripts/notices.sh >$(BIN)/third-party.txt
+
 .PHONY: install
-install: build ## build, and install for this host below PREFIX=/usr/local: binary, unit, man pages, completions (root)
+install: build notices ## build, and install for this host below PREFIX=/usr/local: binary, unit, man pages, completions (root)
 	@scripts/install.sh install
 
 .PHONY: uninstall
@@ -41,7 +46,7 @@ uninstall: ## take away what install has put there (root)
 	@scripts/install.sh uninstall
 
 .PHONY: deb
-deb: build ## make bin/bpfnet_VERSION_ARCH.deb; the same files give the same bytes
+deb: build notices ## make bin/bpfnet_VERSION_ARCH.deb; the same files give the same bytes
 	@scripts/deps.sh deb
 	@scripts/deb.sh $(VERSION)
 

@@ -3,7 +3,7 @@
 #
 # install.sh install|uninstall: for "make install" and "make uninstall". Reads from the environment:
 #
-#   BIN      where "make build" has put the binary
+#   BIN      where "make build" has put the binary, and notices.sh the notices
 #   PREFIX   what the files are below, /usr/local say
 #   DESTDIR  goes before that; empty: this host
 #   ZSHDIR   where zsh looks below share/zsh (default: site-functions)
@@ -26,6 +26,7 @@ each() {
 	$1 644 packaging/completions/bpfnet.zsh "$PREFIX/share/zsh/${ZSHDIR:-site-functions}/_bpfnet"
 	$1 644 packaging/completions/bpfnet.fish "$PREFIX/share/fish/vendor_completions.d/bpfnet.fish"
 	$1 644 packaging/deb/copyright "$PREFIX/share/doc/bpfnet/copyright"
+	$1 644 "$BIN/third-party.txt" "$PREFIX/share/doc/bpfnet/third-party.txt"
 	$1 644 CHANGELOG.md "$PREFIX/share/doc/bpfnet/changelog"
 	for page in packaging/man/*.8; do
 		$1 644 "$page" "$PREFIX/share/man/man8/${page##*/}"

@@ -4,6 +4,7 @@ package packaging
 
 import (
 	"crypto/sha256"
+	"debug/buildinfo"
 	"debug/elf"
 	"fmt"
 	"io/fs"
@@ -160,7 +161,8 @@ func files(t *testing.T, dir string) map[string]fs.FileMode {
 	return out
 }
 
-// Install puts everything in its place, with a unit that starts the binary that was installed. It makes no configuration; one that is there stays, and is all that uninstall leaves.
+// Install puts everything in its place, with a unit that starts the binary that was installed, and with the notices of
+// all that is linked into it. It makes no configuration; one that is there stays, and is all that uninstall leaves.
 func install(t *testing.T, dir string) {
 	dest := t.TempDir()
 	settings := []string{"VERSION=" + version, "DESTDIR=" + dest, "PREFIX=/opt/net"}
@@ -183,6 +185,7 @@ func install(t *testing.T, dir string) {
 		"/opt/net/share/bpfnet/grafana/bpfnet-alerts.yaml":     0o644,
 		"/opt/net/share/bpfnet/grafana/bpfnet-dashboard.json":  0o644,
 		"/opt/net/share/doc/bpfnet/copyright":                  0o644,
+		"/opt/net/share/doc/bpfnet/third-party.txt":            0o644,
 	} {
 		assert.Equal(t, mode, have[path], path)
 	}
@@ -197,6 +200,7 @@ func install(t *testing.T, dir string) {
 	out, err = exec.Command(binary, "--config", filepath.Join(dest, "opt/net/share/bpfnet/config.yaml"), "config", "check").CombinedOutput()
 	require.NoError(t, err, "%s", out)
 	assert.NoDirExists(t, filepath.Join(dest, "etc"))
+	licensed(t, binary, read(t, filepath.Join(dest, "opt/net/share/doc/bpfnet/third-party.txt")))
 
 	again := func() { // make would link once more
 		t.Helper()
@@ -217,4 +221,34 @@ func install(t *testing.T, dir string) {
 	run(t, dir, []string{"uninstall"}, settings...)
 	assert.Equal(t, []string{"/etc/bpfnet/config.yaml"}, slices.Collect(maps.Keys(files(t, dest))))
 	assert.Equal(t, edited, read(t, config))
+}
+
+// licensed looks for a licence of each module that a binary says it is linked from, and of Go.
+func licensed(t *testing.T, binary, notices string) {
+	t.Helper()
+	info, err := buildinfo.ReadFile(binary)
+	require.NoError(t, err)
+	require.NotEmpty(t, info.Deps)
+	blocks := strings.Split("\n"+notices, "\n======== ")
+	names := []string{"Go " + info.GoVersion}
+	for _, m := range info.Deps {
+		names = append(names, m.Path+" "+m.Version)
+	}
+	for _, name := range names {
+		assert.True(t, slices.ContainsFunc(blocks, func(b string) bool {
+			head, text, _ := strings.Cut(b, "\n")
+			return strings.HasPrefix(head, name+": ") && strings.Contains(strings.ToLower(text), "copyright")
+		}), name)
+	}
+	// Some want more than the licence to be told.
+	assert.Contains(t, notices, "\n======== github.com/prometheus/client_golang "+versionOf(info, "github.com/prometheus/client_golang")+": NOTICE\n")
+}
+
+func versionOf(info *buildinfo.BuildInfo, module string) string {
+	for _, m := range info.Deps {
+		if m.Path == module {
+			return m.Version
+		}
+	}
+	return "not linked"
 }

@@ -195,6 +195,7 @@ func debLife(t *testing.T, h *host, first string) {
 		"/usr/share/man/man8/bpfnet.8.gz", "/usr/share/man/man8/bpfnet-run.8.gz", "/usr/share/bash-completion/completions/bpfnet",
 		"/usr/share/zsh/vendor-completions/_bpfnet", "/usr/share/fish/vendor_completions.d/bpfnet.fish",
 		"/usr/libexec/bpfnet/docker-proxy", "/usr/share/doc/bpfnet/copyright", "/usr/share/doc/bpfnet/changelog.gz",
+		"/usr/share/doc/bpfnet/third-party.txt",
 	} {
 		assert.Contains(t, m.ours(t), path)
 	}
