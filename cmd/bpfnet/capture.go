@@ -86,6 +86,9 @@ is not there: see "bpfnet shield" and "bpfnet drops -f". Works with the daemon d
 	cmd.Flags().IntVar(&o.count, "count", 0, "end after so many `packets`; 0: do not")
 	cmd.Flags().DurationVar(&o.duration, "duration", 0, "end after this `time`; 0: do not")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if err := checkPort(cmd.Flags(), o.port); err != nil {
+			return err
+		}
 		if err := o.check(); err != nil {
 			return err
 		}
