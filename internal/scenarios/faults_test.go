@@ -182,7 +182,8 @@ var faults = map[string]fault{
 			w.Host.MustRun(t, "clang-14", "-target", "bpf", "-O2", "-c", source, "-o", w.Dir+"/wall.o")
 		},
 		make: func(t *testing.T, w *site) {
-			host("tc filter add dev up0 ingress pref 1 bpf da obj "+w.Dir+"/wall.o sec tc")(t, w)
+			// tc makes directories for pins in bpffs, and leaves them there: one of its own takes them away with it.
+			w.Host.MustRun(t, "unshare", "--mount", "sh", "-ec", "mount -t bpf bpf /sys/fs/bpf; exec tc filter add dev up0 ingress pref 1 bpf da obj "+w.Dir+"/wall.o sec tc")
 		},
 		mend: host("tc filter del dev up0 ingress pref 1"),
 	},
