@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"syscall"
 
@@ -18,7 +19,17 @@ import (
 // version is set at link time: see the Makefile.
 var version = "dev"
 
-func main() { os.Exit(runAs(os.Args)) }
+// The main thread stays in the namespaces that the program was started in, since it is what all of
+// /proc/self shows. Work moves threads elsewhere, and the runtime cannot end the main thread as it does
+// others that come back changed: it would stay there for good.
+func init() { runtime.LockOSThread() }
+
+// main waits. A goroutine bound to a thread is slow to wake, so that the work is another's.
+func main() {
+	code := make(chan int)
+	go func() { code <- runAs(os.Args) }()
+	os.Exit(<-code)
+}
 
 // runAs does what the name asks for under which the program was started.
 func runAs(argv []string) int {

@@ -4,7 +4,6 @@ package lab
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -360,18 +359,12 @@ func (l *Lab) hasSysctl(key string) bool {
 
 // removeTree unmounts what is mounted below dir and removes it.
 func removeTree(dir string) error {
-	for try := 1; ; try++ {
-		for _, m := range mountsBelow(dir) {
-			if err := unix.Unmount(m, unix.MNT_DETACH); err != nil && err != syscall.EINVAL {
-				return fmt.Errorf("unmount %q: %w", m, err)
-			}
-		}
-		err := os.RemoveAll(dir)
-		// Something has been mounted since: by a process of the engine's that was about to end.
-		if !errors.Is(err, unix.EBUSY) || try == 5 {
-			return err
+	for _, m := range mountsBelow(dir) {
+		if err := unix.Unmount(m, unix.MNT_DETACH); err != nil && err != syscall.EINVAL {
+			return fmt.Errorf("unmount %q: %w", m, err)
 		}
 	}
+	return os.RemoveAll(dir)
 }
 
 // mountsBelow lists mount points at or below dir, innermost first.

@@ -43,6 +43,10 @@ var mainRuns bool
 
 const machineLock = "/run/bpfnet-lab.lock"
 
+// The main thread stays where the process was started, since it is what /proc/self shows, /proc/mounts
+// too: a test that leaves it in namespaces of its own would blind all that follow.
+func init() { runtime.LockOSThread() }
+
 // Main runs the tests of a package, and then looks for what they left behind: open
 // files and goroutines of the process; pins, interfaces and cgroup programs; namespaces,
 // cgroups, mounts, files and processes of its labs; loaded programs; changed sysctls of
