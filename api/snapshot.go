@@ -26,7 +26,8 @@ type Snapshot struct {
 	PID     int       `json:"pid"`
 	Started time.Time `json:"started"`
 	Written time.Time `json:"written"`
-	Attach  string    `json:"attach"` // "tcx" or "clsact"
+	Attach  string    `json:"attach"`            // "tcx" or "clsact"
+	Uplinks []string  `json:"uplinks,omitempty"` // that the daemon was told to take; none: those that it finds
 
 	Networks    []Network    `json:"networks"`
 	Sandboxes   []Sandbox    `json:"sandboxes"` // bpfnet's own, running or not

@@ -53,7 +53,7 @@ func (d *Daemon) writeSnapshot(state policy.State) error {
 func (d *Daemon) makeSnapshot(state policy.State) (*api.Snapshot, error) {
 	s := &api.Snapshot{
 		Version: d.cfg.Version, PID: os.Getpid(), Started: d.started, Written: time.Now(),
-		Attach: d.loader.AttachName(),
+		Attach: d.loader.AttachName(), Uplinks: d.cfg.Uplinks,
 	}
 	own := d.own.View()
 	s.Sandboxes = own.Sandboxes

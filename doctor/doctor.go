@@ -75,6 +75,9 @@ type Facts struct {
 
 	Devices        []netdev.Device
 	Seen           policy.Devices // as the daemon sorts them
+	Told           []string       // the devices that --uplink names; none: uplinks are those found
+	LeftOut        []policy.Uplink
+	PeerMTU        map[int]int // of the far ends of bridge ports, by the near end's index; bytes
 	Hooks          map[HookKey][]Entry
 	Pins           []loader.Pin
 	LinkPins       map[uint32]string  // of all links pinned on this host, by ID
@@ -83,6 +86,7 @@ type Facts struct {
 	XDP            map[uint32]loader.Program // by ID
 
 	Sysctls  map[string]string // by path below /proc/sys
+	Routes4  []string          // devices of IPv4 default routes
 	Routes6  []netdev.DefaultRoute6
 	Local    netdev.PortRange
 	Reserved []netdev.PortRange
@@ -162,6 +166,8 @@ func Judge(f *Facts) []Finding {
 		{"foreign", checkForeign},
 		{"xdp", checkXDP},
 		{"shield", checkShield},
+		{"uplinks", checkLeftOut},
+		{"mtu", checkMTU},
 		{"forwarding", checkForwarding},
 		{"rp_filter", checkReversePath},
 		{"accept_ra", checkRouterAdverts},
@@ -328,6 +334,19 @@ func (f *Facts) network(bridge string) *api.Network {
 	for i := range f.Snapshot.Networks {
 		if n := &f.Snapshot.Networks[i]; n.Bridge == bridge {
 			return n
+		}
+	}
+	return nil
+}
+
+// endpoint is the one whose host side is this device.
+func (f *Facts) endpoint(link string) *api.Endpoint {
+	if f.Snapshot == nil {
+		return nil
+	}
+	for i := range f.Snapshot.Endpoints {
+		if e := &f.Snapshot.Endpoints[i]; e.Link == link {
+			return e
 		}
 	}
 	return nil

@@ -42,11 +42,14 @@ func well() *Facts {
 			},
 			Sources: []api.Source{{Name: "docker", Connected: true}},
 		},
-		Devices: []netdev.Device{{Ifindex: 2, Name: "eth0"}, {Ifindex: 3, Name: "docker0", Kind: "bridge"}, {Ifindex: 4, Name: "veth0", Master: "docker0"}},
+		Devices: []netdev.Device{
+			{Ifindex: 2, Name: "eth0", MTU: 1500}, {Ifindex: 3, Name: "docker0", Kind: "bridge", MTU: 1500}, {Ifindex: 4, Name: "veth0", Master: "docker0", MTU: 1500},
+		},
+		Told: []string{"eth0"}, PeerMTU: map[int]int{4: 1500}, Routes4: []string{"eth0"},
 		Seen: policy.Devices{
 			Bridges: []policy.Bridge{{Ifindex: 3, Name: "docker0", Addrs: []netip.Prefix{netip.MustParsePrefix("172.17.0.1/16")}}},
 			Links:   []policy.Link{{Ifindex: 4, Name: "veth0", Bridge: "docker0"}},
-			Uplinks: []policy.Uplink{{Ifindex: 2, Name: "eth0", Addrs: []netip.Prefix{netip.MustParsePrefix("192.0.2.1/24")}}},
+			Uplinks: []policy.Uplink{{Ifindex: 2, Name: "eth0", MTU: 1500, Addrs: []netip.Prefix{netip.MustParsePrefix("192.0.2.1/24")}}},
 		},
 		Hooks: map[HookKey][]Entry{
 			{2, false}: entry(loader.FromUplink), {2, true}: entry(loader.ToUplink), {4, false}: entry(loader.FromContainer),
@@ -161,6 +164,30 @@ func TestJudge(t *testing.T) {
 		{"a filter for all that drops", func(f *Facts) {
 			before(f, 2, false, Entry{Filter: &netdev.Filter{Pref: 1, Handle: 1, Kind: "matchall", Drops: true}})
 		}, "foreign", Broken, "drops all packets", "tc filter del dev eth0 ingress pref 1 handle 0x1 matchall"},
+		{"an uplink left out", func(f *Facts) { f.LeftOut = []policy.Uplink{{Name: "wg0"}, {Name: "wg1"}} },
+			"uplinks", Note, "wg0, wg1: an address, but left out by --uplink", restart + " --uplink wg0 --uplink wg1"},
+		{"the only way out left out", func(f *Facts) { f.LeftOut, f.Routes4 = []policy.Uplink{{Name: "wg0"}}, []string{"wg0"} },
+			"uplinks", Broken, "wg0 has the default route, but --uplink leaves it out", restart + " --uplink wg0"},
+		{"the only way out for IPv6 left out", func(f *Facts) {
+			f.LeftOut, f.Routes6 = []policy.Uplink{{Name: "wg0"}}, []netdev.DefaultRoute6{{Device: "wg0"}}
+		}, "uplinks", Broken, "wg0 has the default route", restart + " --uplink wg0"},
+		{"one of two ways out left out, by the configuration", func(f *Facts) {
+			f.LeftOut, f.Routes4, f.Daemon.Args = []policy.Uplink{{Name: "wg0"}}, []string{"wg0", "eth0"}, []string{"bpfnet", "daemon"}
+		}, "uplinks", Note, "wg0: an address", "kill 7 && tail --pid=7 -f /dev/null && bpfnet daemon --uplink eth0 --uplink wg0"},
+		{"a narrow way to a container", func(f *Facts) { f.Devices[2].MTU = 1400 }, "mtu", Broken,
+			"veth0, the way of web to docker0, carries packets of 1400 bytes, others there 1500", "ip link set dev veth0 mtu 1500"},
+		{"a narrow container", func(f *Facts) { f.PeerMTU[4], f.Snapshot.Endpoints[0].Source = 1400, "docker" }, "mtu", Broken,
+			"the interface of web behind veth0 takes packets of 1400 bytes, others at docker0 send 1500", "docker restart web"},
+		{"a container narrower than its neighbour", func(f *Facts) {
+			f.Devices = append(f.Devices, netdev.Device{Ifindex: 5, Name: "veth1", Master: "docker0", MTU: 1300})
+			f.Seen.Links = append(f.Seen.Links, policy.Link{Ifindex: 5, Name: "veth1", Bridge: "docker0"})
+			f.Hooks[HookKey{5, false}], f.PeerMTU[5] = f.Hooks[HookKey{4, false}], 1300
+			f.Snapshot.Attachments = append(f.Snapshot.Attachments, api.Attachment{Program: loader.FromContainer, Device: "veth1", Hook: "ingress"})
+		}, "mtu", Broken, "veth1, the way of what is connected there to docker0, carries packets of 1300 bytes, others there 1500", "ip link set dev veth1 mtu 1500"},
+		{"a bridge wider than its ports", func(f *Facts) { f.Devices[1].MTU = 9000 }, "mtu", Broken,
+			"docker0 takes packets of 9000 bytes from the host, but no container there more than 1500", "ip link set dev docker0 mtu 1500"},
+		{"a narrow uplink", func(f *Facts) { f.Seen.Uplinks[0].MTU = 1400 }, "mtu", Note,
+			"eth0 carries packets of 1400 bytes, containers of bridge send up to 1500: those are told so by ICMP", ""},
 		{"XDP that may drop", func(f *Facts) {
 			f.Devices[0].XDP, f.XDP = 6, map[uint32]loader.Program{6: {Name: "shield", Returns: loader.Returns{Values: []int32{1, 2}}}}
 		}, "xdp", Note, `"shield" (id 6) on eth0 sees packets first`, "ip link set dev eth0 xdp off"},
@@ -246,6 +273,14 @@ func TestNoAlarm(t *testing.T) {
 		"no tcx": func(f *Facts) {
 			f.Features = []loader.Feature{{Name: "tcx", Since: "6.6", Err: errors.New("no"), Without: "programs are attached as clsact filters"}}
 		},
+		"a bridge narrower than its ports, which the host keeps to": func(f *Facts) { f.Devices[1].MTU = 1400 },
+		"a network narrower than the rest": func(f *Facts) {
+			f.Devices[1].MTU, f.Devices[2].MTU, f.PeerMTU[4] = 1400, 1400, 1400
+		},
+		"a narrow uplink that no container sends by": func(f *Facts) {
+			f.Seen.Uplinks[0].MTU, f.Snapshot.Networks[0].Internal = 1400, true
+		},
+		"a port that is no pair": func(f *Facts) { delete(f.PeerMTU, 4) },
 		"an SCTP port": func(f *Facts) {
 			f.Snapshot.Ports = append(f.Snapshot.Ports, api.Port{Proto: "sctp", Host: "0.0.0.0:9"})
 		},

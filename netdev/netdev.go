@@ -300,18 +300,24 @@ func (d *Devices) linkByIndex(ifindex int) (*device, error) {
 	return &dev, nil
 }
 
-// peerMAC asks for a device of another namespace without entering it. It returns the zero
-// MAC if the namespace or the device is gone: the next snapshot will not hold the link.
+// peerMAC asks for a device of another namespace. It returns the zero MAC if the namespace or the device is gone:
+// the next snapshot will not hold the link.
 func (d *Devices) peerMAC(nsid, ifindex int) policy.MAC {
+	dev, _ := d.far(nsid, ifindex)
+	return dev.mac
+}
+
+// far reads a device of another namespace without entering it; false: it cannot, as one of the two is gone.
+func (d *Devices) far(nsid, ifindex int) (device, bool) {
 	msgs, err := d.getLink(unix.NLM_F_ACK, ifindex, nl.NewRtAttr(unix.IFLA_TARGET_NETNSID, nl.Uint32Attr(uint32(nsid))))
 	if err != nil || len(msgs) == 0 {
-		return policy.MAC{}
+		return device{}, false
 	}
 	dev, err := parseLink(msgs[0])
 	if err != nil {
-		return policy.MAC{}
+		return device{}, false
 	}
-	return dev.mac
+	return dev, true
 }
 
 // retry repeats a dump that was interrupted by a change: its result may lack entries.

@@ -18,6 +18,7 @@ type Device struct {
 	Kind    string // "veth", "bridge", …; "device" for hardware
 	Alias   string
 	Master  string // the bridge or bond that it is a port of
+	MTU     int    // bytes
 	XDP     uint32 // ID of the XDP program on it; 0: none
 	Generic bool   // that one runs behind the driver
 }
@@ -35,7 +36,7 @@ func (d *Devices) List() ([]Device, error) {
 	out := make([]Device, 0, len(links))
 	for _, l := range links {
 		a := l.Attrs()
-		dev := Device{Ifindex: a.Index, Name: a.Name, Kind: l.Type(), Alias: a.Alias, Master: names[a.MasterIndex]}
+		dev := Device{Ifindex: a.Index, Name: a.Name, Kind: l.Type(), Alias: a.Alias, Master: names[a.MasterIndex], MTU: a.MTU}
 		if x := a.Xdp; x != nil && x.Attached {
 			dev.XDP, dev.Generic = x.ProgId, x.AttachMode == xdpAttachedSKB
 		}
@@ -114,26 +115,67 @@ type DefaultRoute6 struct {
 
 // DefaultRoutes6 lists the IPv6 default routes of the main table.
 func (d *Devices) DefaultRoutes6() ([]DefaultRoute6, error) {
+	var out []DefaultRoute6
+	err := d.defaultRoutes(netlink.FAMILY_V6, func(device string, r netlink.Route) {
+		out = append(out, DefaultRoute6{Device: device, Advertised: r.Protocol == unix.RTPROT_RA})
+	})
+	return out, err
+}
+
+// DefaultRoutes4 lists the devices of the IPv4 default routes of the main table.
+func (d *Devices) DefaultRoutes4() ([]string, error) {
+	var out []string
+	err := d.defaultRoutes(netlink.FAMILY_V4, func(device string, _ netlink.Route) { out = append(out, device) })
+	return out, err
+}
+
+func (d *Devices) defaultRoutes(family int, each func(device string, r netlink.Route)) error {
 	list, err := retry("list routes", func() ([]netlink.Route, error) {
-		return d.handle.RouteListFiltered(netlink.FAMILY_V6, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+		return d.handle.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
-	var out []DefaultRoute6
 	for _, r := range list {
 		if r.Dst != nil {
 			if ones, _ := r.Dst.Mask.Size(); ones != 0 {
 				continue
 			}
 		}
-		dev, err := d.linkByIndex(r.LinkIndex)
-		if err != nil {
-			return nil, err
+		// One with several ways has its devices there.
+		ways := []int{r.LinkIndex}
+		for _, hop := range r.MultiPath {
+			ways = append(ways, hop.LinkIndex)
 		}
-		if dev != nil {
-			out = append(out, DefaultRoute6{Device: dev.name, Advertised: r.Protocol == unix.RTPROT_RA})
+		for _, index := range ways {
+			if index == 0 {
+				continue
+			}
+			dev, err := d.linkByIndex(index)
+			if err != nil {
+				return err
+			}
+			if dev != nil {
+				each(dev.name, r)
+			}
 		}
 	}
-	return out, nil
+	return nil
+}
+
+// PeerMTU is the MTU in bytes of the other end of a pair, in whatever namespace; 0: there is none, or it has gone.
+func (d *Devices) PeerMTU(ifindex int) (int, error) {
+	l, err := d.linkByIndex(ifindex)
+	if err != nil || l == nil || !l.hasPeer() {
+		return 0, err
+	}
+	if l.peerNS >= 0 {
+		far, _ := d.far(l.peerNS, l.peer)
+		return far.mtu, nil
+	}
+	p, err := d.linkByIndex(l.peer)
+	if err != nil || p == nil {
+		return 0, err
+	}
+	return p.mtu, nil
 }

@@ -24,6 +24,7 @@ import (
 	"github.com/bpfnet/bpfnet/loader"
 	"github.com/bpfnet/bpfnet/maps"
 	"github.com/bpfnet/bpfnet/netdev"
+	"github.com/bpfnet/bpfnet/policy"
 	"github.com/bpfnet/bpfnet/store"
 )
 
@@ -212,7 +213,18 @@ func (g *gatherer) devices() error {
 	}
 	g.chooseUplinks()
 	if f.Routes6, err = d.DefaultRoutes6(); err != nil {
-		g.fail(err, "accept_ra")
+		g.fail(err, "accept_ra", "uplinks")
+	}
+	if f.Routes4, err = d.DefaultRoutes4(); err != nil {
+		g.fail(err, "uplinks")
+	}
+	f.PeerMTU = make(map[int]int)
+	for _, l := range f.Seen.Links {
+		if mtu, err := d.PeerMTU(l.Ifindex); err != nil {
+			g.fail(err, "mtu")
+		} else if mtu != 0 {
+			f.PeerMTU[l.Ifindex] = mtu
+		}
 	}
 	f.Hooks = make(map[doctor.HookKey][]doctor.Entry)
 	for _, dev := range f.Devices {
@@ -230,27 +242,22 @@ func (g *gatherer) devices() error {
 	return nil
 }
 
-// chooseUplinks takes those that the daemon was told, if it was.
+// chooseUplinks takes those that the daemon was told, if it was: by a flag, its environment or its configuration.
 func (g *gatherer) chooseUplinks() {
-	var told []string
-	args := g.f.Daemon.Args
-	for i, a := range args {
-		if v, ok := strings.CutPrefix(a, "--uplink="); ok {
-			told = append(told, v)
-		} else if a == "--uplink" && i+1 < len(args) {
-			told = append(told, args[i+1])
-		}
-	}
-	if len(told) == 0 {
+	f := g.f
+	if f.Snapshot == nil || len(f.Snapshot.Uplinks) == 0 {
 		return
 	}
-	kept := g.f.Seen.Uplinks[:0]
-	for _, u := range g.f.Seen.Uplinks {
-		if slices.Contains(told, u.Name) {
+	f.Told = f.Snapshot.Uplinks
+	var kept []policy.Uplink
+	for _, u := range f.Seen.Uplinks {
+		if slices.Contains(f.Told, u.Name) {
 			kept = append(kept, u)
+		} else {
+			f.LeftOut = append(f.LeftOut, u)
 		}
 	}
-	g.f.Seen.Uplinks = kept
+	f.Seen.Uplinks = kept
 }
 
 // hook lists what runs at a hook, in order.

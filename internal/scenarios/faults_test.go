@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/bpfnet/bpfnet/api"
 	"github.com/bpfnet/bpfnet/internal/lab"
 )
 
@@ -80,6 +81,28 @@ func host(line string) func(*testing.T, *site) {
 // toMany sends a datagram each from a container to as many ports or addresses.
 func toMany(name, shell string) func(*testing.T, *site) {
 	return func(t *testing.T, w *site) { try(t, w.b.NS(t, name), "bash", "-c", shell) }
+}
+
+// large has a container send the client a packet of 1500 bytes that must not be cut. The error holds what ping says.
+func large(t *testing.T, ns *lab.NS) error {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	out, err := ns.Run(ctx, "ping", "-c", "1", "-W", "1", "-M", "do", "-s", "1472", lab.Client4.String())
+	if err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	return nil
+}
+
+// linkOf is the host side of a container's link.
+func (w *site) linkOf(t *testing.T, name string) string {
+	t.Helper()
+	snap, err := api.ReadSnapshot(w.b.State)
+	require.NoError(t, err)
+	i := slices.IndexFunc(snap.Endpoints, func(e api.Endpoint) bool { return e.Name == name })
+	require.GreaterOrEqual(t, i, 0)
+	return snap.Endpoints[i].Link
 }
 
 var faults = map[string]fault{
@@ -216,6 +239,43 @@ var faults = map[string]fault{
 			_, err := w.Client.Get("--network", "tcp", "--timeout", "1s", at(lab.Host4, 8090))
 			require.Error(t, err)
 		},
+	},
+	"a container's link carries less than it sends (`ip link set … mtu`)": {
+		make: func(t *testing.T, w *site) {
+			w.Host.MustRun(t, "ip", "link", "set", w.linkOf(t, "web"), "mtu", "1400")
+			require.Error(t, large(t, w.b.NS(t, "web")), "a large packet vanishes")
+			require.Error(t, large(t, w.b.NS(t, "web")), "and is told of to nobody: the next one vanishes too")
+			w.b.NS(t, "web").MustRun(t, "ping", "-c", "1", "-W", "2", lab.Client4.String())
+		},
+		mend: func(t *testing.T, w *site) {
+			w.Host.MustRun(t, "ip", "link", "set", w.linkOf(t, "web"), "mtu", "1500")
+			require.NoError(t, large(t, w.b.NS(t, "web")))
+		},
+	},
+	"an uplink carries less than containers send": {
+		make: func(t *testing.T, w *site) {
+			w.Host.MustRun(t, "ip", "link", "set", lab.HostIf, "mtu", "1400")
+			require.ErrorContains(t, large(t, w.b.NS(t, "web")), "mtu")
+		},
+		mend: host("ip link set " + lab.HostIf + " mtu 1500"),
+	},
+	"`--uplink` leaves out the device that has the default route": {
+		daemon: []string{"--uplink", lab.HostIf2},
+		before: host("ip route replace default via " + lab.Client24.String()),
+		make: func(t *testing.T, w *site) {
+			_, err := w.Client.Get("--network", "tcp", "--timeout", "1s", at(lab.Host4, 8080))
+			require.Error(t, err, "the port is not published there")
+			_, err = w.b.NS(t, "web").Run(t.Context(), "ping", "-c", "1", "-W", "1", lab.Client4.String())
+			require.Error(t, err, "nor do answers come from there")
+			host("ip route replace default via "+lab.Client4.String())(t, w)
+		},
+		mend: host("ip route replace default via " + lab.Client24.String()),
+	},
+	"`--uplink` leaves out a device that leads to others": {
+		daemon: []string{"--uplink", lab.HostIf2},
+		before: host("ip route replace default via " + lab.Client4.String()),
+		make:   host("ip route replace default via " + lab.Client24.String()),
+		mend:   host("ip route replace default via " + lab.Client4.String()),
 	},
 	"the daemon is down": {
 		make: func(t *testing.T, w *site) { w.b.Stop(t) },
