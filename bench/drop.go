@@ -18,6 +18,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
+	"github.com/bpfnet/bpfnet/bench/load"
 	"github.com/bpfnet/bpfnet/internal/lab"
 	"github.com/bpfnet/bpfnet/internal/lab/packet"
 )
@@ -128,7 +129,7 @@ func returning(action int64) (*ebpf.Program, error) {
 
 func (d *dropper) probe(o Options) Probe {
 	return Probe{
-		Key: Key{Scenario: Drop, Mode: d.mode, Family: 4, Metric: "drops"}, Unit: "1/s",
+		Key: Key{Scenario: Drop, Mode: d.mode, Family: 4, Metric: "drops"}, Unit: "1/s", Turns: true,
 		Note: "one network denied; frames made by the kernel's XDP test run on the CPU that drops them, which is part of the time",
 		Measure: func(ctx context.Context) (Sample, error) {
 			window := o.Window
@@ -139,7 +140,11 @@ func (d *dropper) probe(o Options) Probe {
 			if err != nil {
 				return Sample{}, err
 			}
-			sent, took, err := d.send(ctx, window)
+			turns := load.NewTurns(load.Clock(), 1, 0, 0, window)
+			if s := seatOf(ctx); s != nil {
+				turns = s.take(window, 0)
+			}
+			r, sent, err := d.send(ctx, turns)
 			if err != nil {
 				return Sample{}, err
 			}
@@ -151,32 +156,34 @@ func (d *dropper) probe(o Options) Probe {
 			if float64(n) < 0.99*float64(sent) {
 				return Sample{}, fmt.Errorf("%d of %d packets were dropped by mode %s", n, sent, d.mode)
 			}
-			return Sample{Value: float64(n) / took.Seconds(), CPU: float64(took) / float64(n)}, nil
+			return Sample{Value: r.Rate, CPU: 1e9 / r.Rate}, nil
 		},
 	}
 }
 
-// burst is how many frames are made at a time.
-const burst = 1 << 16
+// burst is how many frames are made at a time: some milliseconds.
+const burst = 1 << 12
 
-// send makes frames for a window, on the working CPU.
-func (d *dropper) send(ctx context.Context, window time.Duration) (sent uint64, took time.Duration, err error) {
-	err = d.lab.Client.Do(func() error {
+// send makes frames on the working CPU. sent are all, those too that the result does not count.
+func (d *dropper) send(ctx context.Context, turns load.Turns) (r load.Result, sent uint64, err error) {
+	err = d.lab.Client.Do(func() (err error) {
 		runtime.LockOSThread() // and let the thread end with the goroutine, pinned as it is
 		var work unix.CPUSet
 		work.Set(WorkCPU())
 		if err := unix.SchedSetaffinity(0, &work); err != nil {
 			return err
 		}
-		for begin := time.Now(); took < window && ctx.Err() == nil; took = time.Since(begin) {
-			if err := d.maker.make(burst); err != nil {
-				return err
+		r, err = turns.Measure(func(until int64) (made uint64, err error) {
+			for err == nil && load.Clock() < until && ctx.Err() == nil {
+				err = d.maker.make(burst)
+				made += burst
 			}
-			sent += burst
-		}
-		return nil
+			sent += made
+			return made, err
+		})
+		return err
 	})
-	return sent, took, err
+	return r, sent, err
 }
 
 // frameMaker makes frames by the kernel's test run of an XDP program, which sends them out by an interface.

@@ -25,9 +25,9 @@ func lowerIsBetter(unit string) bool { return unit == "s" || unit == "ns" || uni
 
 // Ratio compares two records: above 1 the first is better.
 type Ratio struct {
-	Value    float64 // of the medians
+	Value    float64 // the median of the rounds' ratios, or that of the medians
 	Min, Max float64 // over the rounds, or over what the extremes allow
-	// Paired says that Min and Max are of ratios within a round: the two were measured seconds apart.
+	// Paired says that the ratios are those within a round: the two were measured beside each other.
 	Paired bool
 }
 
@@ -39,11 +39,12 @@ func divide(a, b Record) (Ratio, bool) {
 	r := Ratio{Value: a.Median / b.Median}
 	if a.Group == b.Group && a.N == b.N {
 		r.Paired = true
-		r.Min, r.Max = math.Inf(1), math.Inf(-1)
+		rounds := make([]float64, len(a.Samples))
 		for i := range a.Samples {
-			v := a.Samples[i] / b.Samples[i]
-			r.Min, r.Max = min(r.Min, v), max(r.Max, v)
+			rounds[i] = a.Samples[i] / b.Samples[i]
 		}
+		s := SpreadOf(rounds)
+		r.Value, r.Min, r.Max = s.Median, s.Min, s.Max
 		return r, true
 	}
 	r.Min, r.Max = a.Min/b.Max, a.Max/b.Min

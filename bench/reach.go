@@ -223,7 +223,7 @@ func (l Reached) verdict() string {
 
 // WriteReach writes the Reach table.
 func WriteReach(w io.Writer, lines []Reached) error {
-	fmt.Fprintln(w, "Reach: ratios of medians, in brackets the range of the ratios within a round")
+	fmt.Fprintln(w, "Reach: ratios are medians of those within a round, in brackets with their range")
 	fmt.Fprintln(w)
 	tab := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(tab, "\tiptables, first measured\ttarget\tbpfnet\treached")

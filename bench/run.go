@@ -50,6 +50,9 @@ type Probe struct {
 	// Measure takes one window. It proves that the traffic took the mode's path, and fails if not. Where
 	// the mode cannot do it at all, it is nil, and Note says why.
 	Measure func(ctx context.Context) (Sample, error)
+	// Turns has the probe measure in turn with those of other modes that measure the same. Measure then asks for its
+	// seat: see [seatOf].
+	Turns bool
 	// Rounds, where the probe cannot afford those of the group; 0: as the group.
 	Rounds int
 	// More are other things that the same window measures. They make records of their own.
@@ -190,6 +193,7 @@ func runGroup(ctx context.Context, t testing.TB, g Group, o Options, run *progre
 	probes = slices.DeleteFunc(probes, func(p Probe) bool { // of who does not narrow them itself
 		return !o.Wants(p.Key.Mode) || !o.WantsScenario(p.Key.Scenario)
 	})
+	together := sets(probes)
 	samples := make([][]Sample, len(probes))
 	failures := make([]error, len(probes))
 	first := 0
@@ -202,23 +206,32 @@ func runGroup(ctx context.Context, t testing.TB, g Group, o Options, run *progre
 		if round < 0 {
 			title, ctx = "warm up", context.WithValue(ctx, warmKey{}, true)
 		}
-		for i, p := range probes {
-			if p.Measure == nil || failures[i] != nil || p.Rounds != 0 && round >= p.Rounds {
-				run.step()
-				continue
+		for _, set := range together {
+			var now []Probe
+			var at []int
+			for _, i := range set {
+				if p := probes[i]; p.Measure != nil && failures[i] == nil && (p.Rounds == 0 || round < p.Rounds) {
+					now, at = append(now, p), append(at, i)
+				}
 			}
-			o.Step("%s %s: %s", run, title, p.Key)
-			s, err := p.sample(ctx)
-			switch {
-			case ctx.Err() != nil:
+			if len(now) > 0 {
+				o.Step("%s %s: %s", run, title, titleOf(now))
+			}
+			taken, errs := inTurns(ctx, now)
+			if ctx.Err() != nil {
 				return context.Cause(ctx)
-			case err != nil:
-				failures[i] = err
-				o.Step("%s failed: %v", run, err)
-			case round >= 0:
-				samples[i] = append(samples[i], s)
 			}
-			run.step()
+			for j, i := range at {
+				if errs[j] != nil {
+					failures[i] = errs[j]
+					o.Step("%s failed: %v", run, errs[j])
+				} else if round >= 0 {
+					samples[i] = append(samples[i], taken[j])
+				}
+			}
+			for range set {
+				run.step()
+			}
 		}
 	}
 	for i, p := range probes {

@@ -115,7 +115,7 @@ func (rec Record) ratioTo(mode string, line []Record) string {
 	return "–"
 }
 
-const ratioNote = `The ratios are those of medians. Above 1 the mode of the line is the better one, whatever the metric: of rates
+const ratioNote = `The ratios are medians of those within a round. Above 1 the mode of the line is the better one, whatever the metric: of rates
 its own value is divided by the other's, of times and sizes the other's by its own. CPU is the time that all CPUs
 worked for one unit of work (a transaction, a datagram, a bit).`
 

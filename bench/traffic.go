@@ -20,6 +20,7 @@ var trafficScenarios = []string{"container-container", "published", "egress", "h
 type meter struct {
 	metric, unit string
 	client       load.Client
+	turns        bool // with the same in other modes
 	full         bool // for modes of the full cross only: bpfnet, docker-iptables and the limits
 	more         []Output
 	values       func(r load.Result) []float64 // of more
@@ -32,8 +33,8 @@ type moved struct {
 }
 
 var meters = []meter{
-	{metric: "rr", unit: "1/s", client: load.Client{Kind: load.RR}},
-	{metric: "crr", unit: "1/s", client: load.Client{Kind: load.CRR}},
+	{metric: "rr", unit: "1/s", client: load.Client{Kind: load.RR}, turns: true},
+	{metric: "crr", unit: "1/s", client: load.Client{Kind: load.CRR}, turns: true},
 	{metric: "stream1", unit: "bit/s", client: load.Client{Kind: load.Stream, Flows: 1}},
 	{metric: "stream4", unit: "bit/s", client: load.Client{Kind: load.Stream, Flows: 4}},
 	{
@@ -57,6 +58,9 @@ func (m meter) measure(ctx context.Context, p path, window time.Duration) (Sampl
 	if c.Kind != load.Stream {
 		c.Warmup = warmup
 	}
+	if s := seatOf(ctx); s != nil {
+		c.Turns = s.take(window, starting)
+	}
 	r, err := p.window(ctx, c)
 	if err != nil {
 		return Sample{}, moved{}, err
@@ -79,6 +83,9 @@ func (m meter) measure(ctx context.Context, p path, window time.Duration) (Sampl
 	}
 	return s, through, nil
 }
+
+// starting is how long a generator takes to start, with others beside it.
+const starting = 150 * time.Millisecond
 
 // warmup is what of a window does not count: caches are warm from the round before.
 const warmup = 100 * time.Millisecond
@@ -178,7 +185,7 @@ func (p path) settle(t testing.TB) error {
 func (p path) probe(m meter, o Options, unreached error) Probe {
 	probe := Probe{
 		Key:  Key{Scenario: p.scenario, Mode: p.mode, Family: p.family, Metric: m.metric},
-		Unit: m.unit,
+		Unit: m.unit, Turns: m.turns,
 		More: m.more,
 	}
 	if unreached != nil {

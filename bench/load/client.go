@@ -3,6 +3,7 @@
 package load
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -49,6 +50,87 @@ func measure(f loop, warmup, window time.Duration) (Result, error) {
 		return r, err
 	}
 	r.take(seconds, idle1-idle0)
+	return r, nil
+}
+
+// Turns are short slices of time that clients take in a circle, so that what the machine does beside them, which
+// changes within a tenth of a second, hits all alike. The zero value has one client work on its own.
+type Turns struct {
+	Start  int64 // of the circle's first slice, in nanoseconds of the monotonic clock: [Clock]
+	Of     int   // clients in the circle
+	Turn   int   // of this one, from 0
+	Slices int   // that count; one more comes before and warms up
+	Slice  time.Duration
+}
+
+// NewTurns are as many turns as make up a window: the first tenth of each does not count.
+func NewTurns(start int64, of, turn int, slice, window time.Duration) Turns {
+	slice = cmp.Or(slice, defaultSlice)
+	counts := slice - slice/10
+	return Turns{Start: start, Of: of, Turn: turn, Slices: int((cmp.Or(window, defaultWindow) + counts - 1) / counts), Slice: slice}
+}
+
+// Clock is the monotonic clock in nanoseconds, the same in all processes of a machine.
+func Clock() int64 { return now() }
+
+// takes is how long the whole circle takes from a moment on.
+func (t Turns) takes(from int64) time.Duration {
+	return max(0, time.Duration(t.Start-from)) + time.Duration((t.Slices+2)*t.Of)*t.Slice
+}
+
+// rest sleeps to a time of the monotonic clock. It leaves the thread's share of the runtime to others.
+func rest(until int64) error {
+	ts := unix.NsecToTimespec(until)
+	for {
+		err := unix.ClockNanosleep(unix.CLOCK_MONOTONIC, unix.TIMER_ABSTIME, &ts, nil)
+		if err != unix.EINTR {
+			return err
+		}
+	}
+}
+
+// Measure has f work to the end of each of its slices; f returns what it has done since it was called, and may begin
+// more often than it is counted. Who comes late begins with the circle's next round. The result is of the slices that
+// count, together.
+func (t Turns) Measure(f func(until int64) (units uint64, err error)) (Result, error) {
+	var r Result
+	settles := t.Slice / 10 // caches are those of the one before
+	var took, idled time.Duration
+	round := time.Duration(t.Of) * t.Slice
+	begin := t.Start + int64(t.Turn)*int64(t.Slice)
+	for late := now() - begin; late > 0; late -= int64(round) {
+		begin += int64(round)
+	}
+	for slice := -1; slice < t.Slices; slice++ {
+		if err := rest(begin); err != nil {
+			return r, err
+		}
+		end := begin + int64(t.Slice)
+		if _, err := f(begin + int64(settles)); err != nil {
+			return r, err
+		}
+		idle0, err := idle()
+		if err != nil {
+			return r, err
+		}
+		start := now()
+		units, err := f(end)
+		if err != nil {
+			return r, err
+		}
+		seconds := time.Duration(now() - start)
+		idle1, err := idle()
+		if err != nil {
+			return r, err
+		}
+		if slice >= 0 {
+			r.Units += units
+			took += seconds
+			idled += idle1 - idle0
+		}
+		begin += int64(round)
+	}
+	r.take(took, idled)
 	return r, nil
 }
 

@@ -98,6 +98,12 @@ func clientMain(kind string, args []string) error {
 	f.DurationVar(&o.warmup, "warmup", defaultWarmup, "what is not measured first")
 	f.DurationVar(&o.window, "window", defaultWindow, "what is measured")
 	grace := f.Duration("grace", defaultGrace, "how much longer it may take")
+	if kind == RR || kind == CRR {
+		f.Int64Var(&o.turns.Start, "start", 0, "nanoseconds of the monotonic clock at which a circle of clients begins")
+		f.IntVar(&o.turns.Of, "of", 0, "clients that take turns; 0: none but this one")
+		f.IntVar(&o.turns.Turn, "turn", 0, "of this client, from 0")
+		f.DurationVar(&o.turns.Slice, "slice", defaultSlice, "of a turn")
+	}
 	if err := parse(f, args); err != nil {
 		return err
 	}
@@ -106,8 +112,15 @@ func clientMain(kind string, args []string) error {
 		return fmt.Errorf("--warmup %v --window %v: want a window, and no less than no warm-up", o.warmup, o.window)
 	case kind == UDP && (o.size < 1 || o.size > maxDatagram):
 		return fmt.Errorf("--size %d: want 1 to %d", o.size, maxDatagram)
+	case o.turns.Of < 0 || o.turns.Turn < 0 || o.turns.Of > 0 && (o.turns.Turn >= o.turns.Of || o.turns.Slice < minSlice):
+		return fmt.Errorf("--turn %d --of %d --slice %v: want turns from 0, of as many, and at least %v", o.turns.Turn, o.turns.Of, o.turns.Slice, minSlice)
 	case o.rate < 0 || o.rate > 1e9:
 		return fmt.Errorf("--rate %g: want 0 to 1e9", o.rate)
+	}
+	takes := o.warmup + o.window
+	if o.turns.Of > 0 {
+		o.turns = NewTurns(o.turns.Start, o.turns.Of, o.turns.Turn, o.turns.Slice, o.window)
+		takes = o.turns.takes(now())
 	}
 	server, err := netip.ParseAddrPort(*to)
 	if err != nil {
@@ -150,7 +163,7 @@ func clientMain(kind string, args []string) error {
 			return r.err
 		}
 		return json.NewEncoder(os.Stdout).Encode(r.Result)
-	case <-time.After(o.warmup + o.window + *grace):
+	case <-time.After(takes + *grace):
 		if !connected.Load() {
 			return fmt.Errorf("connect to %s: no answer within %v", d.name, *grace)
 		}
@@ -163,6 +176,15 @@ type options struct {
 	warmup, window time.Duration
 	size           int
 	rate           float64
+	turns          Turns
+}
+
+// measure takes a window of f, in one piece or in turns.
+func (o options) measure(f loop) (Result, error) {
+	if o.turns.Of > 0 {
+		return o.turns.Measure(f)
+	}
+	return measure(f, o.warmup, o.window)
 }
 
 func client(kind string, d *dialer, o options, connected *atomic.Bool) (Result, error) {
@@ -173,7 +195,7 @@ func client(kind string, d *dialer, o options, connected *atomic.Bool) (Result, 
 	connected.Store(true)
 	if kind == CRR {
 		closeFD(fd)
-		return measure(crr(d), o.warmup, o.window)
+		return o.measure(crr(d))
 	}
 	defer closeFD(fd)
 	switch kind {
@@ -191,5 +213,5 @@ func client(kind string, d *dialer, o options, connected *atomic.Bool) (Result, 
 		r.Offered, r.Latency = o.rate, percentiles(h)
 		return r, err
 	}
-	return measure(rr(fd, d.name), o.warmup, o.window)
+	return o.measure(rr(fd, d.name))
 }

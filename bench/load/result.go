@@ -23,6 +23,9 @@ const (
 
 const defaultWarmup, defaultWindow = 200 * time.Millisecond, 700 * time.Millisecond
 
+// A slice is much shorter than what changes on a machine that is shared, and much longer than caches take to warm.
+const defaultSlice, minSlice = 20 * time.Millisecond, time.Millisecond
+
 // Result is what one window gave.
 type Result struct {
 	Units   uint64  `json:"units"` // exchanges or connections; of udp, datagrams that arrived; of stream, bits
@@ -94,6 +97,7 @@ type Client struct {
 	CPU    int           // to run on; negative: any
 	Warmup time.Duration // 0: 200 ms
 	Window time.Duration // 0: 700 ms
+	Turns  Turns         // of RR and CRR, where others take theirs meanwhile; Window is in all, and there is no Warmup
 	Grace  time.Duration // that a client may take beyond what it was to measure; 0: 2 s
 }
 
@@ -113,6 +117,10 @@ func (c Client) Args() []string {
 	add("--flows", strconv.Itoa(c.Flows), c.Flows != 0)
 	add("--warmup", c.Warmup.String(), c.Warmup != 0)
 	add("--window", c.Window.String(), c.Window != 0)
+	add("--start", strconv.FormatInt(c.Turns.Start, 10), c.Turns.Of != 0)
+	add("--of", strconv.Itoa(c.Turns.Of), c.Turns.Of != 0)
+	add("--turn", strconv.Itoa(c.Turns.Turn), c.Turns.Of != 0)
+	add("--slice", c.Turns.Slice.String(), c.Turns.Of != 0 && c.Turns.Slice != 0)
 	add("--grace", c.Grace.String(), c.Grace != 0)
 	return args
 }
