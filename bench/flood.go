@@ -3,6 +3,7 @@
 package bench
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -29,6 +30,9 @@ const floodRate = 80_000
 // floodRamp is how long a flood lasts before a window, so that what it fills is full.
 const floodRamp = 3 * time.Second
 
+// floodWindow is longer than others: below a flood, connections wait for what was lost to be sent again.
+const floodWindow = 2 * time.Second
+
 // floodNet is where the SYNs pretend to come from: for benchmarks, RFC 2544. What answers them goes back to the
 // client's host, which throws it away.
 var floodNet = netip.MustParsePrefix("198.18.0.0/16")
@@ -39,7 +43,7 @@ func floodGroup() Group { return floodOf(floodRate, floodRamp) }
 func floodOf(rate int, ramp time.Duration) Group {
 	modes := []string{DockerIPTables, Bpfnet}
 	return Group{
-		Name: Flood, Scenarios: []string{Flood}, Modes: modes, Labs: 20 * time.Second, Round: 2 * (ramp + 3*time.Second),
+		Name: Flood, Scenarios: []string{Flood}, Modes: modes, Labs: 20 * time.Second, Round: 2 * (ramp + 6*time.Second),
 		Build: func(t testing.TB, o Options) []Probe {
 			var probes []Probe
 			for _, flooded := range []bool{false, true} {
@@ -58,7 +62,7 @@ func floodOf(rate int, ramp time.Duration) Group {
 						measure = p.newFlood(t, rate, ramp).crr
 					}
 					probe := Probe{Key: key, Unit: "1/s", Note: note, Measure: func(ctx context.Context) (Sample, error) {
-						return measure(ctx, o.Window)
+						return measure(ctx, cmp.Or(o.Window, floodWindow))
 					}}
 					probes = append(probes, probe)
 				}
