@@ -85,3 +85,21 @@ func TestFlood(t *testing.T) {
 	require.Positive(t, s.Value)
 	require.Greater(t, asked(), before, "no SYN of the flood found the container's queue full")
 }
+
+// Needs root and a Docker Engine. All watchers look on while both are measured, and one that has ended is no measurement.
+func TestWatched(t *testing.T) {
+	lab.NeedRoot(t)
+	got := measureAll(t, watchedGroup())
+	for _, metric := range []string{"rr", "crr"} {
+		for _, n := range []int{0, 3} {
+			require.Positive(t, got[Key{Scenario: Watched, Mode: Bpfnet, Family: 4, Metric: metric, At: n}], "%s at %d", metric, n)
+		}
+	}
+
+	s := newSpot(t, Bpfnet, spotOpts{})
+	stands := s.watch(t)
+	require.NoError(t, stands())
+	s.bpfnet.Kill()
+	lab.Eventually(t, 10*time.Second, "reading /metrics fails", func() bool { return stands() != nil })
+	require.ErrorContains(t, stands(), "reading /metrics has ended: ")
+}

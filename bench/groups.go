@@ -9,7 +9,7 @@ func Groups() []Group {
 		all = append(all, trafficGroup(scenario))
 	}
 	all = append(all, portsGroup(), networksGroup(), endpointsGroup(), flowsGroup())
-	all = append(all, hostOnlyGroup(), memoryGroup())
+	all = append(all, hostOnlyGroup(), watchedGroup(), memoryGroup())
 	all = append(all, enginesGroup(), crowdGroup(), restartGroup(), dropGroup(), floodGroup())
 	return all
 }

@@ -249,7 +249,7 @@ func TestReach(t *testing.T) {
 		assert.True(t, l.Measured, l.What)
 		assert.True(t, l.Met, "%s: %s", l.What, l.Value)
 	}
-	assert.Len(t, rows, 13)
+	assert.Len(t, rows, 14)
 
 	published := reachKey("published", Bpfnet, 4, "crr", 0)
 	published6 := reachKey("egress", Bpfnet, 6, "rr", 0)

@@ -16,7 +16,7 @@ var scenarioOrder = []string{
 	"container-container", "published", "egress", "host-published", "hairpin",
 	"ports", "networks", "endpoints", "flows",
 	"run-ports", "ready", "churn", "reconcile", "restart", "syn-flood", "drop",
-	"host-only", "memory",
+	"host-only", "watched", "memory",
 }
 
 // Scenarios are those that the report has records of, in the order of reports.
