@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/network"
@@ -86,6 +87,16 @@ func (w wish) onlyIPv4(b binding) bool {
 	return only
 }
 
+// printable is a name as it may be written to a terminal and a log. The Engine takes any for a network, escape sequences too;
+// what is not printed stands as Go would write it in quotes.
+func printable(name string) string {
+	if !strings.ContainsFunc(name, func(r rune) bool { return !strconv.IsPrint(r) || r == utf8.RuneError }) {
+		return name
+	}
+	q := strconv.Quote(name)
+	return q[1 : len(q)-1]
+}
+
 // translateNetwork returns a bridge network with its endpoints and what is wrong with its options, and
 // false for a network of any other driver, or one of which no subnet is known.
 //
@@ -96,7 +107,7 @@ func translateNetwork(n network.Inspect, def DefaultBridgeSettings) (policy.Netw
 	if n.Driver != "bridge" || n.ConfigOnly {
 		return policy.Network{}, nil, nil, false
 	}
-	net := policy.Network{ID: n.ID, Name: n.Name, Source: policy.SourceDocker, Bridge: bridgeName(n), Internal: n.Internal}
+	net := policy.Network{ID: n.ID, Name: printable(n.Name), Source: policy.SourceDocker, Bridge: bridgeName(n), Internal: n.Internal}
 	labels := n.Options
 	isDefault := labels[optDefaultBridge] == "true"
 	if isDefault { // what the Engine says of masquerading there is not what was asked for
@@ -152,7 +163,7 @@ func translateNetwork(n network.Inspect, def DefaultBridgeSettings) (policy.Netw
 			ID:        cmp.Or(r.EndpointID, key),
 			NetworkID: n.ID,
 			SandboxID: key,
-			Name:      r.Name,
+			Name:      printable(r.Name),
 			Source:    policy.SourceDocker,
 		}
 		for _, p := range []netip.Prefix{r.IPv4Address, r.IPv6Address} {

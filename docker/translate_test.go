@@ -238,3 +238,17 @@ func TestTakenPort(t *testing.T) {
 		"e-new 0.0.0.0:80->80/udp",
 	}, got)
 }
+
+// The Engine lets a network be called anything.
+func TestNamesArePrintable(t *testing.T) {
+	for name, want := range map[string]string{
+		"web": "web", "проект_default": "проект_default", "a b": "a b", `a"b\`: `a"b\`,
+		"a\x1b[2Jb\r\n": `a\x1b[2Jb\r\n`, "a\xffb": `a\xffb`, "a\u202eb": `a\u202eb`,
+	} {
+		n, _, _, ok := translateNetwork(network.Inspect{Network: network.Network{ID: "1", Name: name, Driver: "bridge", IPAM: network.IPAM{
+			Config: []network.IPAMConfig{{Subnet: netip.MustParsePrefix("172.18.0.0/16")}},
+		}}}, DefaultBridgeSettings{})
+		require.True(t, ok)
+		require.Equal(t, want, n.Name)
+	}
+}
