@@ -187,7 +187,7 @@ func TestReference(t *testing.T) {
 		}
 	}
 	visit(nil, newWorld(t).command())
-	golden(t, "../../docs/generated/commands.md", doc.String())
+	golden(t, "../../docs/generated/cli.md", doc.String())
 }
 
 func TestHelpIsShownWithoutCommand(t *testing.T) {

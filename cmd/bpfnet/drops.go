@@ -142,7 +142,7 @@ func (a *App) dropsCommand() *cobra.Command {
 		Long: `Show how many packets were dropped, by reason and hook; with -f, each packet as it
 is dropped, until interrupted. Of one reason, about a hundred packets a second and
 processor are told; how many more there were is said once a second. What a reason
-means and what to do about it: docs/generated/drop-reasons.md. Works with the
+means and what to do about it: docs/generated/reasons.md. Works with the
 daemon down, then with the names that it knew.`,
 		Example: `  bpfnet drops
   bpfnet drops -f --container web

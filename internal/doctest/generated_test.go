@@ -132,7 +132,7 @@ Every dropped packet counts under exactly one reason and one hook; ` + "`bpfnet 
 		require.NotEmpty(t, where[name])
 		fmt.Fprintf(&doc, "| `%s` | %s |\n", name, where[name])
 	}
-	generated(t, "drop-reasons.md", doc.String())
+	generated(t, "reasons.md", doc.String())
 }
 
 // What a map is for, and who writes it.
