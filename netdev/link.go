@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"net/netip"
 
 	"golang.org/x/sys/unix"
 )
@@ -58,6 +59,34 @@ func parseLink(m []byte) (device, error) {
 		return nil
 	})
 	return d, err
+}
+
+// parseAddress reads an RTM_NEWADDR message (struct ifaddrmsg and its attributes, rtnetlink(7)). With a peer's
+// address the prefix is the peer's, and that of the device's own address its whole length.
+func parseAddress(m []byte) (address, error) {
+	if len(m) < unix.SizeofIfAddrmsg {
+		return address{}, errShort
+	}
+	var local, peer netip.Addr
+	err := attributes(m[unix.SizeofIfAddrmsg:], func(kind uint16, value []byte) error {
+		switch kind {
+		case unix.IFA_ADDRESS:
+			peer, _ = netip.AddrFromSlice(value)
+		case unix.IFA_LOCAL:
+			local, _ = netip.AddrFromSlice(value)
+		}
+		return nil
+	})
+	a := address{index: int(int32(binary.NativeEndian.Uint32(m[4:])))}
+	switch bits := int(m[1]); {
+	case !local.IsValid() && peer.IsValid(): // IPv6 without a peer
+		a.prefix = netip.PrefixFrom(peer, bits)
+	case local.IsValid() && local == peer && local.Is4():
+		a.prefix = netip.PrefixFrom(local, bits)
+	case local.IsValid():
+		a.prefix = netip.PrefixFrom(local, local.BitLen())
+	}
+	return a, err
 }
 
 // attributes calls f for each attribute of a list (struct rtattr, netlink(7)), nesting and byte order

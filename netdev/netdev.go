@@ -139,11 +139,7 @@ func (d *Devices) Close() {
 // one, unless settled says of the near end that the MAC of the last snapshot will do: it can change
 // between the making of a container's link and its start. Optional: nothing is settled.
 func (d *Devices) Snapshot(served map[string]bool, settled func(ifindex int) bool) (policy.Devices, error) {
-	links, err := d.current()
-	if err != nil {
-		return policy.Devices{}, err
-	}
-	addrs, err := d.addrs()
+	links, addrs, err := d.current()
 	if err != nil {
 		return policy.Devices{}, err
 	}
@@ -257,31 +253,41 @@ func (d *Devices) getLink(flags, ifindex int, more ...nl.NetlinkRequestData) ([]
 	return req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
 }
 
-func (d *Devices) addrs() ([]address, error) {
-	var list []netlink.Addr
+// addrs dumps the addresses of all devices, or of one. None are no error, nor is a device that is gone.
+func (d *Devices) addrs(ifindex int) ([]address, error) {
+	var list []address
 	// One by one: from Linux 6.9 on, only a dump of all families waits for the kernel's lock on devices.
-	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		part, err := retry("list addresses", func() ([]netlink.Addr, error) {
-			return d.handle.AddrList(nil, family)
-		})
-		if err != nil {
+	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
+		part, err := retry("list addresses", func() ([]address, error) { return d.addrList(family, ifindex) })
+		if err != nil && !(ifindex != 0 && errors.Is(err, unix.ENODEV)) {
 			return nil, err
 		}
 		list = append(list, part...)
 	}
-	addrs := make([]address, 0, len(list))
-	for _, a := range list {
-		if a.IPNet == nil {
-			continue
-		}
-		ip, ok := netip.AddrFromSlice(a.IP)
-		if !ok {
-			continue
-		}
-		ones, _ := a.Mask.Size()
-		addrs = append(addrs, address{index: a.LinkIndex, prefix: netip.PrefixFrom(ip.Unmap(), ones)})
+	return list, nil
+}
+
+func (d *Devices) addrList(family, ifindex int) ([]address, error) {
+	req := nl.NewNetlinkRequest(unix.RTM_GETADDR, unix.NLM_F_DUMP)
+	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: d.queries}
+	msg := nl.NewIfAddrmsg(family)
+	msg.Index = uint32(ifindex)
+	req.AddData(msg)
+	msgs, err := req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWADDR)
+	if err != nil {
+		return nil, err
 	}
-	return addrs, nil
+	list := make([]address, 0, len(msgs))
+	for _, m := range msgs {
+		a, err := parseAddress(m)
+		if err != nil {
+			return nil, err
+		}
+		if a.prefix.IsValid() {
+			list = append(list, a)
+		}
+	}
+	return list, nil
 }
 
 // linkByIndex returns nil if there is no such device.

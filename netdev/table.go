@@ -4,6 +4,7 @@ package netdev
 
 import (
 	"cmp"
+	"encoding/binary"
 	"errors"
 	"maps"
 	"slices"
@@ -13,7 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// table holds the links of the namespace between two dumps of them all. A dump takes the kernel's lock on
+// table holds the links and addresses of the namespace between two dumps of them all. A dump takes the kernel's lock on
 // devices once for some dozens of links, and waits each time for whoever moves a device between namespaces.
 // The news of a change is in the socket before the kernel lets go of that lock, so what has happened before
 // a look at the socket is seen by that look, as by a dump.
@@ -22,6 +23,10 @@ type table struct {
 	links map[int]device // nil: not known
 	// Those of which the news does not tell enough: they are read one by one.
 	doubtful map[int]bool
+	// Addresses by device, IPv4 first, otherwise as the kernel lists them. nil: not known. Those of devices that
+	// there is any news of are listed anew: a link-local one comes with its link, and is announced later.
+	addrs map[int][]address
+	moved map[int]bool
 }
 
 // maxDoubtful is how many links are read one by one; if there are more, all are dumped.
@@ -32,9 +37,11 @@ func openTable() (*table, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.SetsockoptInt(sock.GetFd(), unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.RTNLGRP_LINK); err != nil {
-		sock.Close()
-		return nil, err
+	for _, group := range []int{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR} {
+		if err := unix.SetsockoptInt(sock.GetFd(), unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, group); err != nil {
+			sock.Close()
+			return nil, err
+		}
 	}
 	if err := sock.SetReceiveBufferSize(watchBuffer, true); err != nil {
 		_ = sock.SetReceiveBufferSize(watchBuffer, false)
@@ -42,19 +49,69 @@ func openTable() (*table, error) {
 	return &table{sock: sock}, nil
 }
 
-// Forget has the next snapshot dump all links, whatever was announced.
+// Forget has the next snapshot dump all links and addresses, whatever was announced.
 func (d *Devices) Forget() {
 	d.tableMu.Lock()
 	defer d.tableMu.Unlock()
-	d.table.links = nil
+	d.table.lose()
 }
 
-// current returns all links, sorted by index.
-func (d *Devices) current() ([]device, error) {
+// lose has all be dumped again: what is known is not enough.
+func (t *table) lose() { t.links, t.addrs = nil, nil }
+
+// current returns all links and all addresses, sorted by the devices' index; IPv4 addresses before all others.
+func (d *Devices) current() ([]device, []address, error) {
 	d.tableMu.Lock()
 	defer d.tableMu.Unlock()
+	d.table.catchUp()
+	links, err := d.currentLinks()
+	if err != nil {
+		return nil, nil, err
+	}
+	addrs, err := d.currentAddrs()
+	return links, addrs, err
+}
+
+func (d *Devices) currentAddrs() ([]address, error) {
 	t := d.table
-	t.catchUp()
+	if t.addrs == nil || len(t.moved) > maxDoubtful {
+		// What the socket tells from here on is looked at by the next call.
+		t.addrs, t.moved = nil, make(map[int]bool)
+		list, err := d.addrs(0)
+		if err != nil {
+			return nil, err
+		}
+		t.addrs = make(map[int][]address)
+		for _, a := range list {
+			t.addrs[a.index] = append(t.addrs[a.index], a)
+		}
+	}
+	for index := range t.moved {
+		list, err := d.addrs(index)
+		if err != nil {
+			t.addrs = nil
+			return nil, err
+		}
+		if delete(t.addrs, index); len(list) > 0 {
+			t.addrs[index] = list
+		}
+	}
+	clear(t.moved)
+	var v4, v6 []address
+	for _, index := range slices.Sorted(maps.Keys(t.addrs)) {
+		for _, a := range t.addrs[index] {
+			if a.prefix.Addr().Is4() {
+				v4 = append(v4, a)
+			} else {
+				v6 = append(v6, a)
+			}
+		}
+	}
+	return append(v4, v6...), nil
+}
+
+func (d *Devices) currentLinks() ([]device, error) {
+	t := d.table
 	if t.links == nil || len(t.doubtful) > maxDoubtful {
 		list, err := d.links()
 		if err != nil {
@@ -96,22 +153,22 @@ func (t *table) catchUp() {
 		case errors.Is(err, unix.EAGAIN):
 			return
 		case errors.Is(err, unix.ENOBUFS): // more is lost until the socket has been empty
-			t.links = nil
+			t.lose()
 			continue
 		case err != nil:
-			t.links = nil
+			t.lose()
 			return
 		}
-		if k, ok := from.(*unix.SockaddrNetlink); !ok || k.Pid != 0 || t.links == nil {
+		if k, ok := from.(*unix.SockaddrNetlink); !ok || k.Pid != 0 || t.links == nil && t.addrs == nil {
 			continue
 		}
 		if n > len(buf) {
-			t.links = nil
+			t.lose()
 			continue
 		}
 		msgs, err := syscall.ParseNetlinkMessage(buf[:n])
 		if err != nil {
-			t.links = nil
+			t.lose()
 			continue
 		}
 		for i := range msgs {
@@ -123,12 +180,27 @@ func (t *table) catchUp() {
 // take takes in one message.
 func (t *table) take(m *syscall.NetlinkMessage) {
 	gone := m.Header.Type == unix.RTM_DELLINK
-	if !gone && m.Header.Type != unix.RTM_NEWLINK || t.links == nil {
+	switch m.Header.Type {
+	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
+		if len(m.Data) < unix.SizeofIfAddrmsg {
+			t.lose()
+		} else if t.addrs != nil {
+			t.moved[int(int32(binary.NativeEndian.Uint32(m.Data[4:])))] = true
+		}
+		return
+	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
+	default:
 		return
 	}
 	l, err := parseLink(m.Data)
 	if err != nil {
-		t.links = nil
+		t.lose()
+		return
+	}
+	if t.addrs != nil && m.Data[0] == unix.AF_UNSPEC {
+		t.moved[l.index] = true
+	}
+	if t.links == nil {
 		return
 	}
 	old, known := t.links[l.index]

@@ -3,15 +3,43 @@
 package netdev
 
 import (
+	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"testing"
 
 	"github.com/stretchr/testify/require"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
-// Needs root. After every change the links that were followed by news are those that a dump has.
+func mustAddr(s string) *netlink.Addr {
+	a, err := netlink.ParseAddr(s)
+	if err != nil {
+		panic(err)
+	}
+	a.Flags = unix.IFA_F_NODAD
+	return a
+}
+
+// listAddrs are the addresses as the netlink package reads them.
+func listAddrs(t *testing.T) []address {
+	t.Helper()
+	list, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	require.NoError(t, err)
+	var out []address
+	for _, a := range list {
+		ip, _ := netip.AddrFromSlice(a.IP)
+		ones, _ := a.Mask.Size()
+		out = append(out, address{index: a.LinkIndex, prefix: netip.PrefixFrom(ip.Unmap(), ones)})
+	}
+	return out
+}
+
+func putAddr(l netlink.Link, s string) error { return netlink.AddrAdd(l, mustAddr(s)) }
+
+// Needs root. After every change the links and addresses that were followed by news are those that a dump has.
 func TestTableIsTheDump(t *testing.T) {
 	own, other := enterNS(t)
 	d := open(t, Options{})
@@ -21,11 +49,12 @@ func TestTableIsTheDump(t *testing.T) {
 	same := func(when string) {
 		t.Helper()
 		require.NoError(t, err)
-		have, err := d.current()
+		have, addrs, err := d.current()
 		require.NoError(t, err)
 		want, err := d.links()
 		require.NoError(t, err)
 		require.Equal(t, want, have, when)
+		require.ElementsMatch(t, listAddrs(t), addrs, when)
 	}
 	same("at first")
 	br := addBridge(t, "br0", "172.30.0.1/24")
@@ -43,6 +72,19 @@ func TestTableIsTheDump(t *testing.T) {
 		{"far end up", func() error { return netlink.LinkSetUp(peer) }},
 		{"far end away", func() error { return netlink.LinkSetNsFd(peer, int(other)) }},
 		{"far end up there", func() error { return there.LinkSetUp(peer) }},
+		{"address", func() error { return putAddr(veth, "192.0.2.1/24") }},
+		{"more addresses", func() error {
+			return errors.Join(putAddr(veth, "192.0.2.2/24"), putAddr(veth, "2001:db8::1/64"), putAddr(br, "198.51.100.1/32"))
+		}},
+		{"address with a peer", func() error {
+			a, err := netlink.ParseAddr("203.0.113.1/32")
+			if err != nil {
+				return err
+			}
+			a.Peer = &net.IPNet{IP: net.IPv4(203, 0, 113, 9), Mask: net.CIDRMask(24, 32)}
+			return netlink.AddrAdd(veth, a)
+		}},
+		{"one address fewer", func() error { return netlink.AddrDel(veth, mustAddr("192.0.2.1/24")) }},
 		{"MTU", func() error { return netlink.LinkSetMTU(veth, 1400) }},
 		{"alias", func() error { return netlink.LinkSetAlias(veth, Alias) }},
 		{"far end back", func() error { return there.LinkSetNsFd(peer, int(own)) }},
