@@ -451,10 +451,10 @@ func (l *Loader) Attach(program string, ifindex int) error {
 }
 
 func (l *Loader) attach(program string, ifindex int) error {
-	name := pinName(program, ifindex)
-	if l.has(name) {
+	if l.has(program, ifindex) {
 		return nil // and no question to the kernel: each round calls this for every device
 	}
+	name := pinName(program, ifindex)
 	prog := l.tc.Programs[program]
 	if prog == nil {
 		return fmt.Errorf("attach %s: no such program", program)
@@ -537,13 +537,18 @@ func (l *Loader) attachLink(name string, prog *ebpf.Program, attach func() (link
 func (l *Loader) Attached(program string, ifindex int) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.has(pinName(program, ifindex))
+	return l.has(program, ifindex)
 }
 
-func (l *Loader) has(name string) bool {
-	_, link := l.links[name]
-	_, filter := l.filters[name]
-	return link || filter
+// has looks the name up without making it: rounds ask thousands of times.
+func (l *Loader) has(program string, ifindex int) bool {
+	var buf [64]byte
+	name := strconv.AppendInt(append(append(buf[:0], program...), '-'), int64(ifindex), 10)
+	if _, ok := l.links[string(name)]; ok {
+		return true
+	}
+	_, ok := l.filters[string(name)]
+	return ok
 }
 
 // Detach takes a program off a device; a missing one, or a device that is gone, is no error.
@@ -603,7 +608,7 @@ func (l *Loader) attachCgroup() error {
 func (l *Loader) Attachments() []Attachment {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	var out []Attachment
+	out := make([]Attachment, 0, len(l.links)+len(l.filters))
 	for name := range l.links {
 		out = append(out, parsePin(name))
 	}
