@@ -790,7 +790,7 @@ func (d *Daemon) reconcile() (err error) {
 		errs = append(errs, d.loader.ForgetFormer())
 	}
 	d.known, d.owed = known, true
-	if !reflect.DeepEqual(engine, d.told) {
+	if !engine.Equal(d.told) {
 		d.told, d.unstored = engine, true
 	}
 	d.mu.Lock()
@@ -860,7 +860,7 @@ func (d *Daemon) report() {
 func (d *Daemon) latest(engine, state policy.State) (policy.State, policy.State) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if e, s := d.state(); reflect.DeepEqual(s.Networks, state.Networks) {
+	if e, s := d.state(); policy.SameNetworks(s.Networks, state.Networks) {
 		return e, s
 	}
 	return engine, state
@@ -884,12 +884,16 @@ type inputs struct {
 	bpfmaps.Settings
 }
 
+func (in *inputs) equal(o *inputs) bool {
+	return in.Intents.Equal(o.Intents) && reflect.DeepEqual(in.Settings, o.Settings)
+}
+
 // apply compiles and writes, unless that would be the same once more: most rounds find nothing new. Slots
 // are remembered before they are used, so that a crash in between cannot have two things share one.
 func (d *Daemon) apply(in policy.Intents, settings bpfmaps.Settings) error {
 	in.Attached = maps.Clone(in.Attached)
 	now := &inputs{in, settings}
-	if d.inputs != nil && reflect.DeepEqual(now, d.inputs) {
+	if d.inputs != nil && now.equal(d.inputs) {
 		return nil
 	}
 	d.inputs = nil

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"reflect"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -175,7 +174,7 @@ func (s *Source) session(ctx context.Context, update func(policy.State)) (connec
 		}
 		x.fresh = false
 		st := x.state()
-		if emitted && reflect.DeepEqual(st, last) {
+		if emitted && st.Equal(last) {
 			continue
 		}
 		last = st
