@@ -8,6 +8,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -167,16 +168,22 @@ func assign(last map[string]uint16, ids []string, limit int) (map[string]uint16,
 	return next, refused
 }
 
+// namedPort is a port and its ID, which takes longer to make than all else that is done with it.
+type namedPort struct {
+	Port
+	id string
+}
+
 // ID names the port among all: what is dialled and where it leads.
 func (p Port) ID() string {
-	id := fmt.Sprintf("%s/%s/%s/%d", p.Proto, p.Host, p.EndpointID, p.Target)
+	id := p.Proto.String() + "/" + p.Host.String() + "/" + p.EndpointID + "/" + strconv.Itoa(int(p.Target))
 	if p.Refused {
 		id += "/refused"
 	}
 	return id
 }
 
-func (e Endpoint) addr(is4 bool) netip.Addr {
+func (e *Endpoint) addr(is4 bool) netip.Addr {
 	for _, a := range e.Addrs {
 		if a = a.Unmap(); a.Is4() == is4 && !a.IsLinkLocalUnicast() {
 			return a
@@ -190,10 +197,16 @@ func (e Endpoint) addr(is4 bool) netip.Addr {
 func Compile(in Intents, last Slots) (Tables, Slots) {
 	networks := slices.Clone(in.State.Networks)
 	slices.SortFunc(networks, func(a, b Network) int { return strings.Compare(a.ID, b.ID) })
-	endpoints := slices.Clone(in.State.Endpoints)
-	slices.SortFunc(endpoints, func(a, b Endpoint) int { return strings.Compare(a.ID, b.ID) })
-	ports := slices.Clone(in.State.Ports)
-	slices.SortFunc(ports, func(a, b Port) int { return strings.Compare(a.ID(), b.ID()) })
+	endpoints := make([]*Endpoint, len(in.State.Endpoints))
+	for i := range in.State.Endpoints {
+		endpoints[i] = &in.State.Endpoints[i]
+	}
+	slices.SortStableFunc(endpoints, func(a, b *Endpoint) int { return strings.Compare(a.ID, b.ID) })
+	ports := make([]namedPort, len(in.State.Ports))
+	for i, p := range in.State.Ports {
+		ports[i] = namedPort{p, p.ID()}
+	}
+	slices.SortFunc(ports, func(a, b namedPort) int { return strings.Compare(a.id, b.id) })
 
 	t := Tables{
 		Networks:   make(map[uint16]NetworkRow),
@@ -249,7 +262,7 @@ func Compile(in Intents, last Slots) (Tables, Slots) {
 		}
 	}
 
-	slots.Endpoints, refused = assign(last.Endpoints, ids(endpoints, func(e Endpoint) string { return e.ID }), MaxEndpoints)
+	slots.Endpoints, refused = assign(last.Endpoints, ids(endpoints, func(e *Endpoint) string { return e.ID }), MaxEndpoints)
 	for _, id := range refused {
 		t.Waiting[id] = fmt.Sprintf("more than %d endpoints", MaxEndpoints-1)
 	}
@@ -258,7 +271,7 @@ func Compile(in Intents, last Slots) (Tables, Slots) {
 	for _, l := range in.Devices.Links {
 		links[seat{l.Bridge, l.PeerMAC}] = l
 	}
-	targets := make(map[string]Endpoint, len(endpoints))
+	targets := make(map[string]*Endpoint, len(endpoints))
 	for _, e := range endpoints {
 		slot, ok := slots.Endpoints[e.ID]
 		if !ok {
@@ -273,16 +286,16 @@ func Compile(in Intents, last Slots) (Tables, Slots) {
 		t.endpoint(e, slot, n, slots.Networks[n.ID], sandboxes[e.SandboxID], links, in.Attached)
 	}
 
-	slots.Ports, refused = assign(last.Ports, ids(ports, Port.ID), MaxPorts)
+	slots.Ports, refused = assign(last.Ports, ids(ports, func(p namedPort) string { return p.id }), MaxPorts)
 	t.surplus(ports, refused, endpoints, byID)
-	mates := make(map[string][]Endpoint) // by sandbox
+	mates := make(map[string][]*Endpoint) // by sandbox
 	for _, e := range endpoints {
-		if _, ok := targets[e.ID]; ok {
+		if _, ok := targets[e.ID]; ok && len(ports) > 0 {
 			mates[e.SandboxID] = append(mates[e.SandboxID], e)
 		}
 	}
 	for _, p := range ports {
-		slot, ok := slots.Ports[p.ID()]
+		slot, ok := slots.Ports[p.id]
 		if !ok {
 			continue
 		}
@@ -291,16 +304,19 @@ func Compile(in Intents, last Slots) (Tables, Slots) {
 			continue
 		}
 		if p.Refused || byID[e.NetworkID].Internal {
-			t.close(p, slot, e)
+			t.close(p.Port, slot, e)
 			continue
 		}
 		for _, m := range mates[e.SandboxID] {
-			t.opening(p, slot, m, m.ID == e.ID, byID[m.NetworkID], in.DirectRouting)
+			t.opening(p.Port, slot, m, m.ID == e.ID, byID[m.NetworkID], in.DirectRouting)
 		}
-		t.port(p, slot, e, slots.Endpoints[e.ID], byID[e.NetworkID], in)
+		t.port(p.Port, slot, e, slots.Endpoints[e.ID], byID[e.NetworkID], in)
 	}
 	for _, o := range in.State.Openings {
 		from, to := targets[o.From], targets[o.To]
+		if from == nil || to == nil {
+			continue
+		}
 		a, b := from.addr(true), to.addr(true) // the Engine opens a link over IPv4 only
 		if from.NetworkID == to.NetworkID && a.IsValid() && b.IsValid() && byID[from.NetworkID].NoICC {
 			t.Open[OpenKey{From: a, To: netip.AddrPortFrom(b, o.Port), Proto: o.Proto}] = 0
@@ -372,7 +388,7 @@ func (t *Tables) pairs(allowed [][2]string, networks []Network, slots map[string
 
 // sandboxIDs numbers network namespaces by the lowest slot of their endpoints, so that the number
 // lives as long as that endpoint.
-func sandboxIDs(endpoints []Endpoint, slots map[string]uint16) map[string]uint32 {
+func sandboxIDs(endpoints []*Endpoint, slots map[string]uint16) map[string]uint32 {
 	out := make(map[string]uint32)
 	for _, e := range endpoints {
 		slot, ok := slots[e.ID]
@@ -389,7 +405,7 @@ type seat struct {
 	mac    MAC
 }
 
-func (t *Tables) endpoint(e Endpoint, slot uint16, n Network, net uint16, sandbox uint32, links map[seat]Link, attached map[int]bool) {
+func (t *Tables) endpoint(e *Endpoint, slot uint16, n Network, net uint16, sandbox uint32, links map[seat]Link, attached map[int]bool) {
 	for _, a := range e.Addrs {
 		if a = a.Unmap(); a.IsValid() && !a.IsLinkLocalUnicast() {
 			t.Addrs[a] = slot
@@ -423,11 +439,11 @@ func (t *Tables) wrong(network, setting, text, instead string) {
 }
 
 // surplus names the ports that no slot was left for, and their containers.
-func (t *Tables) surplus(ports []Port, refused []string, endpoints []Endpoint, networks map[string]Network) {
+func (t *Tables) surplus(ports []namedPort, refused []string, endpoints []*Endpoint, networks map[string]Network) {
 	if len(refused) == 0 {
 		return
 	}
-	names := make(map[string]Endpoint, len(endpoints))
+	names := make(map[string]*Endpoint, len(endpoints))
 	for _, e := range endpoints {
 		names[e.ID] = e
 	}
@@ -436,10 +452,13 @@ func (t *Tables) surplus(ports []Port, refused []string, endpoints []Endpoint, n
 		without[id] = true
 	}
 	for _, p := range ports {
-		if !without[p.ID()] {
+		if !without[p.id] {
 			continue
 		}
 		e := names[p.EndpointID]
+		if e == nil {
+			e = &Endpoint{}
+		}
 		n := networks[e.NetworkID]
 		t.wrong(n.QualifiedName(), fmt.Sprintf("port %s/%s of %s", p.Host, p.Proto, e.Name),
 			fmt.Sprintf("more than %d published ports", MaxPorts-1), "not served")
@@ -495,7 +514,7 @@ func (t *Tables) isLocal(a netip.Addr) bool {
 
 // opening adds the container's own port behind a published one, where something may let others dial it.
 // Of a container's endpoints the one that publishes has it, and all those on routed networks.
-func (t *Tables) opening(p Port, slot uint16, e Endpoint, publishes bool, n Network, directRouting bool) {
+func (t *Tables) opening(p Port, slot uint16, e *Endpoint, publishes bool, n Network, directRouting bool) {
 	is4 := p.Host.Addr().Unmap().Is4()
 	to := e.addr(is4)
 	routed := n.Mode(is4) == ModeRouted
@@ -510,7 +529,7 @@ func (t *Tables) opening(p Port, slot uint16, e Endpoint, publishes bool, n Netw
 
 // close has a host port lead nowhere: whoever's socket its source holds there must not answer. Where it
 // holds none, the port may be another program's.
-func (t *Tables) close(p Port, slot uint16, e Endpoint) {
+func (t *Tables) close(p Port, slot uint16, e *Endpoint) {
 	host := netip.AddrPortFrom(p.Host.Addr().Unmap(), p.Host.Port())
 	target := e.addr(host.Addr().Is4())
 	if !target.IsValid() {
@@ -524,7 +543,7 @@ func (t *Tables) close(p Port, slot uint16, e Endpoint) {
 // port adds a published port. Over IPv6 a container without such an address is reached by its IPv4
 // one: the host's own sockets can be sent there; all else is for whoever holds the port's socket, the
 // relay or docker-proxy. Without that the port may be another program's, and is not served at all.
-func (t *Tables) port(p Port, slot uint16, e Endpoint, endpoint uint16, n Network, in Intents) {
+func (t *Tables) port(p Port, slot uint16, e *Endpoint, endpoint uint16, n Network, in Intents) {
 	host := netip.AddrPortFrom(p.Host.Addr().Unmap(), p.Host.Port())
 	key := PortKey{Proto: p.Proto, Host: host}
 	target := e.addr(host.Addr().Is4())
