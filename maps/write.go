@@ -3,6 +3,7 @@
 package maps
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -70,6 +71,7 @@ type Writer struct {
 	generation uint32
 	seed       uint32
 	classBytes []byte              // ports and subnets as written
+	classWant  []byte              // of writeClass alone
 	held       map[uint16]struct{} // ports of adopted flows
 	changed    bool                // what flows are to be judged by again
 	holdUntil  uint32              // ticks
@@ -420,7 +422,11 @@ const (
 // writeClass writes the bytes of port_class that changed, through memory: the engine's part belongs
 // to the programs.
 func (w *Writer) writeClass(t policy.Tables, s Settings) (int, error) {
-	want := make([]byte, classSize)
+	if w.classWant == nil {
+		w.classWant = make([]byte, classSize)
+	}
+	want := w.classWant
+	clear(want)
 	for _, r := range s.SNAT {
 		for i := range r.Count {
 			port := r.First + uint16(i)
@@ -469,6 +475,9 @@ func (w *Writer) writeClass(t policy.Tables, s Settings) (int, error) {
 			return 0, fmt.Errorf("read port_class: %w", err)
 		}
 		w.classBytes = have
+	}
+	if bytes.Equal(want[:65536], w.classBytes[:65536]) && bytes.Equal(want[classSubnets:], w.classBytes[classSubnets:]) {
+		return 0, nil
 	}
 	n := 0
 	for i := range want {
