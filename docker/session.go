@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"reflect"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -351,16 +352,19 @@ func (x *session) readContainer(id string) {
 	})
 }
 
-// setNetwork and setRun keep the answer of the read that started last.
+// setNetwork and setRun keep the answer of the read that started last. One that says the same again, as most of
+// those after a hint from the kernel do, makes no new state.
 func (x *session) setNetwork(id string, rec netRecord) {
-	if rec.seq > x.networks[id].seq {
-		x.networks[id], x.fresh = rec, true
+	if have, known := x.networks[id]; rec.seq > have.seq {
+		x.networks[id] = rec
+		x.fresh = x.fresh || !known || !reflect.DeepEqual(have.inspect, rec.inspect)
 	}
 }
 
 func (x *session) setRun(id string, rec runRecord) {
-	if rec.seq > x.runs[id].seq {
-		x.runs[id], x.fresh = rec, true
+	if have, known := x.runs[id]; rec.seq > have.seq {
+		x.runs[id] = rec
+		x.fresh = x.fresh || !known || !reflect.DeepEqual(have.run, rec.run)
 	}
 }
 
