@@ -114,6 +114,9 @@ func (d *Daemon) bridgeFor(a netip.Addr) string {
 
 // withAnnounced adds what the hook announced to the engine's state. The caller holds d.mu.
 func (d *Daemon) withAnnounced(s policy.State) policy.State {
+	if len(d.announced) == 0 {
+		return s
+	}
 	have := make(map[string]bool, len(s.Ports))
 	for _, p := range s.Ports {
 		have[p.ID()] = true
