@@ -15,7 +15,15 @@ type MAC [6]byte
 
 // String returns the address in the usual colon form.
 func (m MAC) String() string {
-	return fmt.Sprintf("%02x:%02x:%02x:%02x:%02x:%02x", m[0], m[1], m[2], m[3], m[4], m[5])
+	const digits = "0123456789abcdef"
+	var out [17]byte
+	for i, b := range m {
+		if i > 0 {
+			out[3*i-1] = ':'
+		}
+		out[3*i], out[3*i+1] = digits[b>>4], digits[b&15]
+	}
+	return string(out[:])
 }
 
 // IsZero reports whether no address is set.
