@@ -9,6 +9,7 @@ import (
 	stdmaps "maps"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 
 	"github.com/cilium/ebpf"
@@ -47,6 +48,7 @@ func (l *Loader) Verify() (Verified, error) {
 	var errs []error
 	for _, name := range links {
 		errs = append(errs, l.verifyLink(name, &v))
+		runtime.Gosched() // there are thousands, and on one CPU a round may be waiting
 	}
 	for name, a := range filters {
 		errs = append(errs, l.verifyFilter(name, a, &v))
@@ -209,6 +211,7 @@ func (l *Loader) repin() (n int, err error) {
 		if err != nil {
 			return n, err
 		}
+		runtime.Gosched()
 	}
 	for _, name := range filters {
 		l.mu.Lock()
