@@ -39,7 +39,7 @@ for group in "$@"; do
 		command -v go >/dev/null || die "no Go toolchain on PATH: install the version that go.mod names"
 		;;
 	test)
-		packages="$packages docker.io docker-compose iptables nftables iproute2 conntrack tcpdump
+		packages="$packages docker.io docker-compose iptables nftables iproute2 conntrack tcpdump tshark
 			busybox-static iperf3 ethtool iputils-ping traceroute procps util-linux curl
 			qemu-system-x86 xz-utils strace groff-base bash-completion zsh fish"
 		;;
