@@ -6,7 +6,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -26,6 +28,9 @@ const (
 
 // ErrListeners says that all places for listeners are taken.
 var ErrListeners = errors.New("four listen to drops already; end one of them")
+
+// ErrGone says that the data path that was listened to is no more: its pins are away, or those of another stand there.
+var ErrGone = errors.New("the data path has been taken away")
 
 // Event is a dropped packet.
 type Event struct {
@@ -133,17 +138,51 @@ func (m *Maps) listeners(change func(until []uint64) error) error {
 // lockListeners locks out other listeners for the moment that a change takes.
 func (m *Maps) lockListeners() (*os.File, error) {
 	f, err := os.Open(m.dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, ErrGone
+	}
 	if err != nil {
 		return nil, fmt.Errorf("lock the listeners: %w", err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
+	if err != nil {
+		err = fmt.Errorf("lock the listeners: %w", err)
+	} else {
+		err = m.stillPinned("listeners")
+	}
+	if err != nil {
 		f.Close()
-		return nil, fmt.Errorf("lock the listeners: %w", err)
+		return nil, err
 	}
 	return f, nil
 }
 
-// Next waits until the deadline for the next drop. Its error is os.ErrDeadlineExceeded then, and os.ErrClosed after Close.
+// stillPinned fails with ErrGone where the pin is away, or is that of a map that was made later.
+func (m *Maps) stillPinned(name string) error {
+	pinned, err := ebpf.LoadPinnedMap(filepath.Join(m.dir, name), nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return ErrGone
+	}
+	if err != nil {
+		return fmt.Errorf("open map %s: %w", name, err)
+	}
+	defer pinned.Close()
+	var ids [2]ebpf.MapID
+	for i, x := range []*ebpf.Map{pinned, m.m[name]} {
+		info, err := x.Info()
+		if err != nil {
+			return fmt.Errorf("ask for map %s: %w", name, err)
+		}
+		ids[i], _ = info.ID()
+	}
+	if ids[0] != ids[1] {
+		return ErrGone
+	}
+	return nil
+}
+
+// Next waits until the deadline for the next drop. Its error is os.ErrDeadlineExceeded then, os.ErrClosed after Close, and
+// ErrGone not later than two seconds after the data path has been taken away.
 func (l *Listener) Next(deadline time.Time) (Event, error) {
 	for {
 		now := time.Now()
@@ -252,5 +291,8 @@ func (l *Listener) Close() error {
 		}
 		return nil
 	})
+	if errors.Is(err, ErrGone) {
+		err = nil // nobody is left to take a place
+	}
 	return errors.Join(err, l.r.Close(), l.ring.Close())
 }

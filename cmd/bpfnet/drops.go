@@ -234,6 +234,8 @@ func (a *App) followDrops(ctx context.Context, f dropFilter, wantJSON bool) erro
 		e, err := ev.Next(time.Now().Add(200 * time.Millisecond))
 		switch {
 		case errors.Is(err, os.ErrDeadlineExceeded):
+		case errors.Is(err, bpfmaps.ErrGone):
+			return fmt.Errorf("%w (bpfnet cleanup): nothing is dropped by it any more; ask again once a daemon runs", err)
 		case err != nil:
 			return fmt.Errorf("read drops: %w", err)
 		default:

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -121,4 +122,27 @@ func TestDropsFollow(t *testing.T) {
 	_, err = w.b.CLI("drops", "-f", "--network", "bleu")
 	assert.ErrorContains(t, err, `network "bleu": no such network; the nearest names are `)
 	assert.Contains(t, w.b.MustCLI(t, "drops", "--reason", "isolated"), "isolated")
+}
+
+// Needs root. Who follows drops is told when cleanup has taken the data path away, also where a new one stands in its place.
+func TestDropsFollowCleanup(t *testing.T) {
+	w := newOwnSite(t)
+	w.b.MustCLI(t, "network", "rm", "blue", "red")
+	early, late := w.b.StartCLI(t, "drops", "-f"), w.b.StartCLI(t, "drops", "-f")
+	m := w.maps(t)
+	lab.Eventually(t, 10*time.Second, "both listen", func() bool {
+		var until [4]uint64
+		require.NoError(t, m.Map("listeners").Lookup(uint32(0), &until))
+		return until[0] != 0 && until[1] != 0
+	})
+	require.NoError(t, late.Signal(syscall.SIGSTOP))
+	w.b.Stop(t)
+	w.b.MustCLI(t, "cleanup")
+	const line = "bpfnet: drops: the data path has been taken away (bpfnet cleanup): nothing is dropped by it any more; ask again once a daemon runs\n"
+	require.Error(t, early.Wait(10*time.Second))
+	assert.Equal(t, line, early.Stderr())
+	w.b.Start(t)
+	require.NoError(t, late.Signal(syscall.SIGCONT))
+	require.Error(t, late.Wait(10*time.Second))
+	assert.Equal(t, line, late.Stderr())
 }
