@@ -1444,7 +1444,7 @@ func TestFlowLife(t *testing.T) {
 func (h *host) sweep(program string) bpf.DatapathExpireArgs {
 	h.t.Helper()
 	var args bpf.DatapathExpireArgs
-	_, err := h.coll.Programs[program].Run(&ebpf.RunOptions{Context: args, ContextOut: &args})
+	_, err := h.program(program).Run(&ebpf.RunOptions{Context: args, ContextOut: &args})
 	require.NoError(h.t, err)
 	return args
 }

@@ -85,8 +85,8 @@ func together(cpus [2]*cpu, count int, each func(i, cpu int) func() error, betwe
 }
 
 // runOn runs a program over a frame that comes by an endpoint's interface, on the calling CPU.
-func (h *host) runOn(program string, slot int, frame []byte) (uint32, error) {
-	return h.coll.Programs[program].Run(&ebpf.RunOptions{
+func (h *host) runOn(program *ebpf.Program, slot int, frame []byte) (uint32, error) {
+	return program.Run(&ebpf.RunOptions{
 		Data: frame, DataOut: make([]byte, len(frame)+64), Context: skb{Ifindex: uint32(h.links[slot])},
 	})
 }
@@ -102,6 +102,7 @@ func TestTakeSameTuple(t *testing.T) {
 	h.setSNAT(snatFirst, 1)
 	cpus := [2]*cpu{h.onCPU(t, 0), h.onCPU(t, 1)}
 	slots := [2]int{alice, bob}
+	program := h.program("from_container")
 	var raced int
 	forFamilies(t, func(t *testing.T, f family) {
 		for _, held := range []bool{false, true} {
@@ -123,7 +124,7 @@ func TestTakeSameTuple(t *testing.T) {
 				err := together(cpus, rounds, func(i, n int) func() error {
 					frame := packetTo(slots[n], i, "S")
 					return func() (err error) {
-						got[n], err = h.runOn("from_container", slots[n], frame)
+						got[n], err = h.runOn(program, slots[n], frame)
 						return err
 					}
 				}, func(int) error {
@@ -160,6 +161,7 @@ func TestExpireAgainstRefresh(t *testing.T) {
 	h := newHost(t, 1024)
 	h.setConfig(func(c *bpf.DatapathConfig) { c.Timeouts.UdpNew, c.Timeouts.Udp = 1, 1 })
 	cpus := [2]*cpu{h.onCPU(t, 0), h.onCPU(t, 1)}
+	program, expire := h.program("from_container"), h.program("expire")
 	var packetsSent, allSweeps int
 	forFamilies(t, func(t *testing.T, f family) {
 		h.t = t
@@ -178,7 +180,7 @@ func TestExpireAgainstRefresh(t *testing.T) {
 			if n == 1 {
 				return func() error {
 					for !stop.Load() {
-						if _, err := h.coll.Programs["expire"].Run(&ebpf.RunOptions{Context: make([]byte, 16)}); err != nil {
+						if _, err := expire.Run(&ebpf.RunOptions{Context: make([]byte, 16)}); err != nil {
 							return err
 						}
 						sweeps++
@@ -189,7 +191,7 @@ func TestExpireAgainstRefresh(t *testing.T) {
 			return func() error {
 				defer stop.Store(true)
 				for h.now() < end {
-					if got, err := h.runOn("from_container", alice, frame); err != nil || got != actRedirect {
+					if got, err := h.runOn(program, alice, frame); err != nil || got != actRedirect {
 						return fmt.Errorf("packet %d: action %d, %w", sent, got, err)
 					}
 					sent++
