@@ -7,11 +7,13 @@ package bpf_test
 
 import (
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"os"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -64,24 +66,41 @@ func (h *host) everything(only ...string) map[string][]string {
 		switch m.Type() {
 		case ebpf.RingBuf, ebpf.ArrayOfMaps, ebpf.LPMTrie: // nobody writes the last but the daemon
 			continue
+		case ebpf.Array, ebpf.PerCPUArray:
+			out[name] = h.elements(m)
+			continue
 		}
 		var list []string
 		key := make([]byte, m.KeySize())
+		var value []byte
 		it := m.Iterate()
-		if m.Type() == ebpf.PerCPUArray {
-			var values [][]byte
-			for it.Next(&key, &values) {
-				list = append(list, fmt.Sprintf("%x %x", key, values))
-			}
-		} else {
-			var value []byte
-			for it.Next(&key, &value) {
-				list = append(list, fmt.Sprintf("%x %x", key, value))
-			}
+		for it.Next(&key, &value) {
+			list = append(list, fmt.Sprintf("%x %x", key, value))
 		}
 		require.NoError(h.t, it.Err(), name)
 		slices.Sort(list)
 		out[name] = list
+	}
+	return out
+}
+
+// elements are those of an array, on each CPU where it has one for each: all at once, for there are half a million.
+func (h *host) elements(m *ebpf.Map) (out []string) {
+	h.t.Helper()
+	size, each := int(m.ValueSize()), 1
+	if m.Type() == ebpf.PerCPUArray {
+		size, each = (size+7)&^7, ebpf.MustPossibleCPU()
+	}
+	keys := make([]uint32, m.MaxEntries())
+	values := reflect.MakeSlice(reflect.SliceOf(reflect.ArrayOf(size, reflect.TypeFor[byte]())), len(keys)*each, len(keys)*each)
+	var cursor ebpf.MapBatchCursor
+	n, err := m.BatchLookup(&cursor, keys, values.Interface(), nil)
+	if !errors.Is(err, ebpf.ErrKeyNotExist) { // as at the end
+		require.NoError(h.t, err)
+	}
+	require.Equal(h.t, len(keys), n)
+	for i := range values.Len() {
+		out = append(out, string(values.Index(i).Bytes()))
 	}
 	return out
 }
