@@ -24,6 +24,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"sync"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -193,8 +194,8 @@ var (
 // host is the namespace with the programs and their filled maps.
 type host struct {
 	t       testing.TB
-	coll    *ebpf.Collection // has the maps, and those programs that were run
-	spec    *ebpf.CollectionSpec
+	coll    *ebpf.Collection     // has the maps, and those programs that were run
+	spec    *ebpf.CollectionSpec // of all programs
 	work    chan func()
 	links   map[int]int // endpoint slot → index of the host-side interface
 	bridges map[int]int
@@ -202,6 +203,9 @@ type host struct {
 	class   *ebpf.Memory
 	flags   uint32 // of the test run
 }
+
+// datapath parses the object once: that takes longer than to copy it.
+var datapath = sync.OnceValues(bpf.LoadDatapath)
 
 // newHost makes the host. Tables hold the given number of entries.
 func newHost(t testing.TB, entries uint32) *host {
@@ -232,8 +236,11 @@ func newHost(t testing.TB, entries uint32) *host {
 	})
 	require.NoError(t, <-ready)
 
-	spec, err := bpf.LoadDatapath()
+	parsed, err := datapath()
 	require.NoError(t, err)
+	h.spec = parsed.Copy()
+	spec := *h.spec
+	spec.Programs = nil
 	for _, m := range spec.Maps {
 		m.Pinning = ebpf.PinNone
 	}
@@ -241,9 +248,7 @@ func newHost(t testing.TB, entries uint32) *host {
 	spec.Maps["flows6"].MaxEntries = entries
 	spec.Maps["syns4"].MaxEntries = waiting
 	spec.Maps["syns6"].MaxEntries = waiting
-	h.spec = spec.Copy()
-	spec.Programs = nil
-	h.coll, err = ebpf.NewCollection(spec)
+	h.coll, err = ebpf.NewCollection(&spec)
 	require.NoError(t, err)
 	t.Cleanup(h.coll.Close)
 	h.class, err = h.coll.Maps["port_class"].Memory()
@@ -260,9 +265,9 @@ func (h *host) program(name string) *ebpf.Program {
 	if p := h.coll.Programs[name]; p != nil {
 		return p
 	}
-	spec := h.spec.Copy()
-	spec.Programs = map[string]*ebpf.ProgramSpec{name: spec.Programs[name]}
-	loaded, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: h.coll.Maps})
+	spec := *h.spec
+	spec.Programs = map[string]*ebpf.ProgramSpec{name: h.spec.Programs[name]}
+	loaded, err := ebpf.NewCollectionWithOptions(&spec, ebpf.CollectionOptions{MapReplacements: h.coll.Maps})
 	var verifier *ebpf.VerifierError
 	if errors.As(err, &verifier) {
 		h.t.Fatalf("%+v", verifier)
