@@ -661,9 +661,11 @@ func (h *host) gauge() [2]int64 {
 	return g.Entries
 }
 
-// age makes every flow entry look as if its last packet was so many ticks ago.
+// age makes every flow entry look as if its last packet was so many ticks ago. What looks at that first is loaded before,
+// for an emulated machine may need a tick for it.
 func (h *host) age(ticks uint32) {
 	h.t.Helper()
+	h.program("expire")
 	for k, v := range h.flows4() {
 		v.F.LastSeen -= ticks
 		h.put("flows4", k, v)
