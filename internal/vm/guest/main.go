@@ -13,13 +13,17 @@
 package main
 
 import (
+	"bufio"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -53,6 +57,9 @@ func check(name string, err error) {
 	fmt.Println("ok", name)
 }
 
+// took tells how many seconds something has taken, for whom a guest is too slow.
+func took(what string, seconds float64) { fmt.Printf("took %s %.1f\n", what, seconds) }
+
 func main() {
 	if os.Getpid() == 1 {
 		if err := errors.Join(initialize(), unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)); err != nil {
@@ -72,7 +79,9 @@ func main() {
 		err = errors.Join(os.MkdirAll(filepath.Dir(p.golden()), 0o755), os.WriteFile(p.golden(), []byte(p.Golden), 0o644))
 	}
 	if err == nil && !p.Update {
+		started := time.Now()
 		err = run(p)
+		took("run", time.Since(started).Seconds())
 	}
 	if err != nil {
 		check("run", err) // what it found itself unable to go on after
@@ -80,7 +89,7 @@ func main() {
 	for _, t := range p.Tests {
 		started := time.Now()
 		check("tests of "+strings.TrimSuffix(t.Binary, ".test"), t.run(p.Update))
-		fmt.Println(t.Binary, time.Since(started).Round(time.Second/10))
+		took(t.Binary, time.Since(started).Seconds())
 	}
 	if p.Update {
 		text, err := os.ReadFile(p.golden())
@@ -105,9 +114,10 @@ func readPlan() (p plan, err error) {
 	return p, err
 }
 
-// run runs the tests. Their output is for whoever reads the console.
+// run runs the tests. Whoever reads the console gets a line a test with the time that it took, and what those said that
+// have failed.
 func (t tests) run(update bool) error {
-	args := []string{"-test.run", t.Run}
+	args := []string{"-test.v", "-test.run", t.Run}
 	if update {
 		args = append(args, "-update")
 	}
@@ -116,8 +126,40 @@ func (t tests) run(update bool) error {
 	}
 	cmd := exec.Command("/"+t.Binary, args...)
 	cmd.Dir = home
-	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-	return cmd.Run()
+	out, in := io.Pipe()
+	cmd.Stdout, cmd.Stderr = in, in
+	cmd.WaitDelay = time.Minute // for processes that a test has left with its output
+	var told sync.WaitGroup
+	told.Go(func() { tell(out) })
+	err := cmd.Run()
+	in.Close()
+	told.Wait()
+	return err
+}
+
+// ended is the line by which a test that is no other's part tells that it has ended.
+var ended = regexp.MustCompile(`^--- (PASS|FAIL|SKIP): (\S+) \(([\d.]+)s\)`)
+
+// tell writes what is wanted of the output of tests that run one after another: a serial line is slow.
+func tell(out io.Reader) {
+	var said []string // since the last one has ended
+	lines := bufio.NewReader(out)
+	for {
+		line, err := lines.ReadString('\n')
+		said = append(said, line)
+		if m := ended.FindStringSubmatch(line); m != nil {
+			if m[1] == "PASS" {
+				said = nil
+			}
+			fmt.Print(strings.Join(said, ""))
+			fmt.Println("took", m[2], m[3])
+			said = nil
+		}
+		if err != nil {
+			fmt.Print(strings.Join(said, "")) // as of a panic
+			return
+		}
+	}
 }
 
 // initialize is what an init does: it boots, starts the guest proper, and waits for it and for all
