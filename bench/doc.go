@@ -3,7 +3,7 @@
 // Package bench measures the container data path, bpfnet's against what it replaces.
 //
 // A [Group] builds its labs and says what is to be measured in them: one [Probe] for each mode, path
-// and metric. [Run] takes samples in turn (A B C A B C …), those of rr, crr and drops in slices of 20 ms, so that
+// and metric. [Run] takes samples in turn (A B C A B C …), those of rr and crr in slices of 20 ms, so that
 // whatever else the machine does falls on all modes alike, and makes a [Record] of each. Only ratios within one group
 // are worth quoting: the modes of a group shared the machine.
 //

@@ -18,7 +18,6 @@ import (
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
-	"github.com/bpfnet/bpfnet/bench/load"
 	"github.com/bpfnet/bpfnet/internal/lab"
 	"github.com/bpfnet/bpfnet/internal/lab/packet"
 )
@@ -129,7 +128,7 @@ func returning(action int64) (*ebpf.Program, error) {
 
 func (d *dropper) probe(o Options) Probe {
 	return Probe{
-		Key: Key{Scenario: Drop, Mode: d.mode, Family: 4, Metric: "drops"}, Unit: "1/s", Turns: true,
+		Key: Key{Scenario: Drop, Mode: d.mode, Family: 4, Metric: "drops"}, Unit: "1/s",
 		Note: "one network denied; frames made by the kernel's XDP test run on the CPU that drops them, which is part of the time",
 		Measure: func(ctx context.Context) (Sample, error) {
 			window := o.Window
@@ -140,11 +139,7 @@ func (d *dropper) probe(o Options) Probe {
 			if err != nil {
 				return Sample{}, err
 			}
-			turns := load.NewTurns(load.Clock(), 1, 0, 0, window)
-			if s := seatOf(ctx); s != nil {
-				turns = s.take(window, 0)
-			}
-			r, sent, err := d.send(ctx, turns)
+			sent, took, err := d.send(ctx, window)
 			if err != nil {
 				return Sample{}, err
 			}
@@ -156,34 +151,32 @@ func (d *dropper) probe(o Options) Probe {
 			if float64(n) < 0.99*float64(sent) {
 				return Sample{}, fmt.Errorf("%d of %d packets were dropped by mode %s", n, sent, d.mode)
 			}
-			return Sample{Value: r.Rate, CPU: 1e9 / r.Rate}, nil
+			return Sample{Value: float64(n) / took.Seconds(), CPU: float64(took) / float64(n)}, nil
 		},
 	}
 }
 
-// burst is how many frames are made at a time: some milliseconds.
-const burst = 1 << 12
+// burst is how many frames are made at a time.
+const burst = 1 << 16
 
-// send makes frames on the working CPU. sent are all, those too that the result does not count.
-func (d *dropper) send(ctx context.Context, turns load.Turns) (r load.Result, sent uint64, err error) {
-	err = d.lab.Client.Do(func() (err error) {
+// send makes frames for a window, on the working CPU.
+func (d *dropper) send(ctx context.Context, window time.Duration) (sent uint64, took time.Duration, err error) {
+	err = d.lab.Client.Do(func() error {
 		runtime.LockOSThread() // and let the thread end with the goroutine, pinned as it is
 		var work unix.CPUSet
 		work.Set(WorkCPU())
 		if err := unix.SchedSetaffinity(0, &work); err != nil {
 			return err
 		}
-		r, err = turns.Measure(func(until int64) (made uint64, err error) {
-			for err == nil && load.Clock() < until && ctx.Err() == nil {
-				err = d.maker.make(burst)
-				made += burst
+		for begin := time.Now(); took < window && ctx.Err() == nil; took = time.Since(begin) {
+			if err := d.maker.make(burst); err != nil {
+				return err
 			}
-			sent += made
-			return made, err
-		})
-		return err
+			sent += burst
+		}
+		return nil
 	})
-	return r, sent, err
+	return sent, took, err
 }
 
 // frameMaker makes frames by the kernel's test run of an XDP program, which sends them out by an interface.

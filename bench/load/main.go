@@ -213,5 +213,11 @@ func client(kind string, d *dialer, o options, connected *atomic.Bool) (Result, 
 		r.Offered, r.Latency = o.rate, percentiles(h)
 		return r, err
 	}
-	return o.measure(rr(fd, d.name))
+	f := rr(fd, d.name)
+	if o.turns.Of > 0 { // the server takes nobody for long who says nothing
+		if _, err := f(0); err != nil {
+			return Result{}, err
+		}
+	}
+	return o.measure(f)
 }

@@ -67,3 +67,13 @@ func TestClientsInTurn(t *testing.T) {
 		require.ErrorContains(t, err, "want turns from 0")
 	}
 }
+
+// Needs root. A server ends who says nothing for a second; a turn may come later.
+func TestTurnComesLate(t *testing.T) {
+	ns := host(t)
+	startServer(t, ns, "127.0.0.1:7000")
+	r, err := run(t, ns, Client{Kind: RR, To: "127.0.0.1:7000", CPU: 0, Window: 20 * time.Millisecond,
+		Turns: Turns{Start: Clock() + int64(3*time.Second), Of: 2, Turn: 1}})
+	require.NoError(t, err)
+	require.Positive(t, r.Units)
+}
