@@ -4,18 +4,27 @@ package maps
 
 import (
 	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/bpfnet/bpfnet/bpf"
+	"github.com/bpfnet/bpfnet/internal/lab"
 )
+
+// pinListeners gives maps a directory, and the map of listeners its pin there.
+func pinListeners(t *testing.T, m *Maps) {
+	t.Helper()
+	m.dir = lab.BPFFS(t)
+	require.NoError(t, m.m["listeners"].Pin(filepath.Join(m.dir, "listeners")))
+}
 
 // Needs root.
 func TestListeners(t *testing.T) {
 	m := newMaps(t)
-	m.dir = t.TempDir()
+	pinListeners(t, m)
 	places := func() (taken int) {
 		var v bpf.DatapathListeners
 		require.NoError(t, m.m["listeners"].Lookup(uint32(0), &v))
@@ -71,7 +80,7 @@ func TestListeners(t *testing.T) {
 // Needs root.
 func TestMissed(t *testing.T) {
 	m := newMaps(t)
-	m.dir = t.TempDir()
+	pinListeners(t, m)
 	bump := func(reason bpf.DatapathReason, suppressed, lost uint64) {
 		var values []bpf.DatapathEventBucket
 		require.NoError(t, m.m["event_buckets"].Lookup(uint32(reason), &values))

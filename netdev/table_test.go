@@ -7,11 +7,15 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/bpfnet/bpfnet/internal/lab"
 )
 
 func mustAddr(s string) *netlink.Addr {
@@ -49,12 +53,15 @@ func TestTableIsTheDump(t *testing.T) {
 	same := func(when string) {
 		t.Helper()
 		require.NoError(t, err)
-		have, addrs, err := d.current()
-		require.NoError(t, err)
-		want, err := d.links()
-		require.NoError(t, err)
-		require.Equal(t, want, have, when)
-		require.ElementsMatch(t, listAddrs(t), addrs, when)
+		lab.Eventually(t, 5*time.Second, "the same, "+when, func() bool { // the kernel gives a link that comes up its address later
+			have, addrs, err := d.current()
+			require.NoError(t, err)
+			want, err := d.links()
+			require.NoError(t, err)
+			require.Equal(t, want, have, when)
+			listed := listAddrs(t)
+			return len(listed) == len(addrs) && !slices.ContainsFunc(listed, func(a address) bool { return !slices.Contains(addrs, a) })
+		})
 	}
 	same("at first")
 	br := addBridge(t, "br0", "172.30.0.1/24")
