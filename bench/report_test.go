@@ -219,6 +219,8 @@ func reachReport(set map[Key]float64) Report {
 	full(reachKey(Flood, DockerIPTables, 4, "crr", floodRate), "1/s", 100)
 	full(reachKey(Flood, Bpfnet, 4, "crr", floodRate), "1/s", 400)
 	full(reachKey(Flood, Bpfnet, 4, "crr-quiet", 0), "1/s", 1000)
+	full(reachKey(Watched, Bpfnet, 4, "rr", 0), "1/s", 1000)
+	full(reachKey(Watched, Bpfnet, 4, "rr", len(watchers)+1), "1/s", 980)
 	for _, target := range reachTargets {
 		if target.by.Mode == "" {
 			full(target.of, target.unit, target.want*0.9)
@@ -358,7 +360,9 @@ func TestPlotsAreTheSameTwice(t *testing.T) {
 	require.NoError(t, err)
 	assert.Empty(t, none)
 	moved := inventedTraffic()
-	moved.Records[2].Median *= 0.9
+	for i := range moved.Records[2].Samples {
+		moved.Records[2].Samples[i] *= 0.9
+	}
 	third, err := Plots(moved.Report)
 	require.NoError(t, err)
 	assert.NotEqual(t, first["rr.svg"], third["rr.svg"])
